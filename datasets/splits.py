@@ -1,0 +1,138 @@
+"""Which rows train, which choose when to stop, and which are touched once at the end.
+
+The split is a function of the rows alone: no seed, the same on every machine. A row's place is
+the SHA-256 of its id (for a folder of pictures, its relative path), so that adding rows moves few
+others. Rows that show nearly the same picture stay on one side.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from plait.datasets.likeness import Progress, group_rows
+from plait.errors import ConfigError, DataError
+from plait.modalities import Limits
+from plait.stream import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOptions:
+    """How many rows are held out.
+
+    Raises:
+        ConfigError: a field is out of its range.
+    """
+
+    test: int = 0
+    """Rows for the final measurement; near-duplicates of them are added."""
+
+    validation: int = 0
+    """Rows of the rest for choosing when to stop; near-duplicates of them are added."""
+
+    near_duplicate_bits: int | None = 12
+    """How many of 256 bits of the picture hash may differ between near-duplicates. On the 785
+    Tux Paint stamps 12 makes 8 groups, each the same drawing with a detail or a colour changed; 16
+    joins the first different things (a hammer and a wrench). None hashes no picture."""
+
+    def __post_init__(self) -> None:
+        for name in ("test", "validation"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"split.{name} must be 0 or more; it is {getattr(self, name)}")
+        bits = self.near_duplicate_bits
+        if bits is not None and not 0 <= bits <= 256:
+            raise ConfigError(f"split.near_duplicate_bits must be 0 to 256; it is {bits}")
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Row numbers, ascending; each row is in exactly one list.
+
+    `moved` counts the rows that joined test or validation only as near-duplicates. `notes` are
+    sentences for the user.
+    """
+
+    train: list[int]
+    validation: list[int]
+    test: list[int]
+    moved: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def split(
+    samples: Sequence[Sample],
+    options: SplitOptions,
+    *,
+    limits: Limits = Limits(),  # noqa: B008  (frozen)
+    progress: Progress | None = None,
+) -> Splits:
+    """Split by the hash of ids, near-duplicate groups whole.
+
+    Test is the `test` rows with the smallest SHA-256 of `Sample.id` and every row of their
+    groups; validation the same among the rest. Where the two would be more than half of the
+    rows, both shrink in proportion. A row that cannot be read trains, so that the loader's policy
+    on broken rows meets it; a picture that cannot be read is like no other.
+
+    Args:
+        progress: Called with (pictures hashed, pictures).
+
+    Raises:
+        DataError: no row would be left to train on.
+    """
+    read = [_readable(samples, row) for row in range(len(samples))]
+    test, validation, notes = _counts(len(read), options)
+    groups = list(range(len(read)))
+    if options.near_duplicate_bits is not None and test + validation:
+        groups, broken = group_rows(read, options.near_duplicate_bits, limits, progress)
+        if broken:
+            notes.append(f"{broken} pictures cannot be decoded and were compared with none")
+    if unread := read.count(None):
+        notes.append(f"{unread} rows cannot be read and were left in train")
+    order = _by_hash(read)
+    for_test = _whole_groups(order[:test], groups)
+    rest = [row for row in order if row not in for_test]
+    for_validation = _whole_groups(rest[:validation], groups)
+    held = for_test | for_validation
+    train = [row for row in range(len(read)) if row not in held]
+    if read and not train:
+        raise DataError(
+            "a split must leave rows to train on; near-duplicates of the held-out rows took all "
+            f"{len(read)}; lower split.near_duplicate_bits, test or validation"
+        )
+    moved = len(held) - min(test, len(order)) - len(rest[:validation])
+    return Splits(train, sorted(for_validation), sorted(for_test), moved, tuple(notes))
+
+
+def _readable(samples: Sequence[Sample], row: int) -> Sample | None:
+    try:
+        return samples[row]
+    except DataError:
+        return None
+
+
+def _counts(rows: int, options: SplitOptions) -> tuple[int, int, list[str]]:
+    """Rows for test and validation, and what to tell the user about them."""
+    asked, half = options.test + options.validation, rows // 2
+    if asked <= half:
+        return options.test, options.validation, []
+    test, validation = options.test * half // asked, options.validation * half // asked
+    note = (
+        f"test {options.test} and validation {options.validation} are more than half of {rows} "
+        f"rows; they were scaled down to {test} and {validation}"
+    )
+    return test, validation, [note]
+
+
+def _by_hash(samples: Sequence[Sample | None]) -> list[int]:
+    """The readable rows by the SHA-256 of their ids; equal ids in the order of rows."""
+    keys = {
+        row: hashlib.sha256(sample.id.encode()).digest()
+        for row, sample in enumerate(samples)
+        if sample is not None
+    }
+    return sorted(keys, key=lambda row: (keys[row], row))
+
+
+def _whole_groups(rows: Sequence[int], groups: Sequence[int]) -> set[int]:
+    """The rows and every other row of their groups."""
+    wanted = {groups[row] for row in rows}
+    return {row for row, group in enumerate(groups) if group in wanted}

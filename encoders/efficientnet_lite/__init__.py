@@ -1,0 +1,1 @@
+"""EfficientNet-Lite0: a small convolutional picture encoder; see README.md."""

@@ -1,0 +1,1 @@
+"""Layouts: how each model family writes media into its row; one file per family."""

@@ -1,0 +1,189 @@
+"""Pools, which make a grid smaller, and projectors, which map features to the language model.
+
+A pool has no parameters, so pooled features can be cached. Shape letters: N positions, C channels.
+"""
+
+import math
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plait.encoders.base import Grid
+from plait.errors import ConfigError, UnknownNameError
+from plait.stream import Encoded
+
+_GELU_SECOND_MOMENT = 0.4252
+"""E[gelu(z)^2] for standard normal z: what the second layer of `Mlp` reads at the start."""
+
+
+class Pool(Protocol):
+    """A parameter-free map of grids."""
+
+    def plan(self, grid: Grid) -> Grid:
+        """The grid that `__call__` makes of this one."""
+
+    def __call__(self, encoded: Encoded) -> Encoded: ...
+
+    def describe(self) -> str:
+        """The pool and its settings as a stable string, for cache keys."""
+
+
+class KeepGrid:
+    """Every feature takes a position."""
+
+    def plan(self, grid: Grid) -> Grid:
+        return grid
+
+    def __call__(self, encoded: Encoded) -> Encoded:
+        return encoded
+
+    def describe(self) -> str:
+        return "keep"
+
+
+class GridPool:
+    """Adaptive average pooling of each frame's grid to `height` x `width`.
+
+    Neighbouring cells overlap where the sizes do not divide (7 to 3: rows 0-2, 2-4, 4-6), and a
+    grid smaller than asked is repeated, so that every item takes the same number of positions.
+    """
+
+    def __init__(self, height: int, width: int) -> None:
+        if min(height, width) < 1:
+            raise ConfigError(
+                f"a pooled grid needs at least one row and column; got {height} x {width}"
+            )
+        self.height, self.width = height, width
+
+    def plan(self, grid: Grid) -> Grid:
+        return grid[0], self.height, self.width
+
+    def __call__(self, encoded: Encoded) -> Encoded:
+        return Encoded(
+            self._pool(encoded.embeddings, encoded.grid),
+            tuple(self._pool(layer, encoded.grid) for layer in encoded.layers),
+            self.plan(encoded.grid),
+            encoded.seconds,
+        )
+
+    def _pool(self, features: Tensor, grid: Grid) -> Tensor:
+        frames = features.reshape(*grid, -1).movedim(-1, 1)
+        pooled = F.adaptive_avg_pool2d(frames, (self.height, self.width))
+        return pooled.movedim(1, -1).flatten(0, 2)
+
+    def describe(self) -> str:
+        return f"grid {self.height}x{self.width}"
+
+
+class Linear(nn.Module):
+    """One affine map; features of unit variance come out at the embeddings' spread."""
+
+    scale: Tensor
+
+    def __init__(
+        self, inputs: int, outputs: int, embedding_std: float, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.linear = _unit_linear(inputs, outputs, 1.0, generator)
+        self.register_buffer("scale", torch.tensor(embedding_std))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, inputs) -> (N, outputs)."""
+        projected: Tensor = self.linear(features) * self.scale
+        return projected
+
+
+class Mlp(nn.Module):
+    """LayerNorm, Linear, GELU, Linear; its output starts with the spread of word embeddings.
+
+    The spread is a fixed factor and not small weights: optimisers such as Adam move each weight by
+    the learning rate, whatever its size, and would leave small weights within a few steps.
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self, inputs: int, outputs: int, embedding_std: float, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(inputs)
+        self.widen = _unit_linear(inputs, outputs, 1.0, generator)
+        self.out = _unit_linear(outputs, outputs, _GELU_SECOND_MOMENT, generator)
+        self.register_buffer("scale", torch.tensor(embedding_std))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, inputs) -> (N, outputs)."""
+        projected: Tensor = self.out(F.gelu(self.widen(self.norm(features)))) * self.scale
+        return projected
+
+
+class Identity(nn.Module):
+    """For towers whose features already are the language model's embeddings."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        embedding_std: float,  # noqa: ARG002  (as every projector)
+        generator: torch.Generator,  # noqa: ARG002
+    ) -> None:
+        super().__init__()
+        if inputs != outputs:
+            raise ConfigError(
+                "projector 'identity' needs an encoder as wide as the language model: the encoder "
+                f"has {inputs} channels, the model {outputs}; use 'linear' or 'mlp'"
+            )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, C) -> (N, C)."""
+        return features
+
+
+def _unit_linear(
+    inputs: int, outputs: int, second_moment: float, generator: torch.Generator
+) -> nn.Linear:
+    """A layer whose output has unit variance when its inputs have this second moment."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.normal_(layer.weight, std=1 / math.sqrt(inputs * second_moment), generator=generator)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+PROJECTORS: dict[str, type[nn.Module]] = {"linear": Linear, "mlp": Mlp, "identity": Identity}
+POOLS: dict[str, type[Pool]] = {"keep": KeepGrid, "grid": GridPool}
+
+
+def create_projector(
+    name: str, inputs: int, outputs: int, *, embedding_std: float, generator: torch.Generator
+) -> nn.Module:
+    """A projector by name.
+
+    Args:
+        inputs: The encoder's width.
+        outputs: The language model's hidden size.
+        embedding_std: The standard deviation of the language model's embedding table.
+        generator: A CPU generator; the only source of the initial weights.
+
+    Raises:
+        UnknownNameError: no projector has this name.
+    """
+    if name not in PROJECTORS:
+        raise UnknownNameError("projector", name, PROJECTORS)
+    return PROJECTORS[name](inputs, outputs, embedding_std, generator)
+
+
+def create_pool(name: str, **options: Any) -> Pool:
+    """A pool by name: `create_pool("grid", height=3, width=3)`.
+
+    Raises:
+        UnknownNameError: no pool has this name.
+        ConfigError: it does not take these options.
+    """
+    if name not in POOLS:
+        raise UnknownNameError("pool", name, POOLS)
+    try:
+        return POOLS[name](**options)
+    except TypeError as error:
+        raise ConfigError(f"pool {name!r} does not take {options}: {error}") from error

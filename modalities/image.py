@@ -1,0 +1,277 @@
+"""Pictures: paths, bytes, PIL images and arrays, all read to one canonical array.
+
+The canonical array is uint8 (H, W, 3), upright (EXIF orientation applied), on white where the
+picture is transparent. `plait.modalities.pixels` does the colour work; this file finds the
+picture, checks it and turns every failure into a `MediaError` that names the file.
+"""
+
+import hashlib
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+from PIL.ExifTags import Base
+from PIL.Image import DecompressionBombError, DecompressionBombWarning
+
+from plait.errors import MediaError, Origin
+from plait.modalities.limits import Limits
+from plait.modalities.part import MediaHeader, MediaPart
+from plait.modalities.pixels import UPRIGHT, Turn, to_rgb
+
+Source = str | Path | bytes | PIL.Image.Image | NDArray[np.uint8]
+
+# Pillow starts other programs, or asks the operating system, to draw these.
+_DRAWINGS = frozenset({"EPS", "WMF"})
+
+# A PIL image reads its file when first used, which two threads must not do at once.
+_LOADING = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class ImageHeader(MediaHeader):
+    """Width and height in pixels as the picture is meant to be seen, after EXIF orientation."""
+
+    width: int
+    height: int
+    format: str
+    mode: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Image(MediaPart):
+    """A picture.
+
+    Args:
+        source: A path, a file's bytes, a PIL image, or a uint8 array (H, W), (H, W, 3) or
+            (H, W, 4). Arrays and PIL images are not copied: do not write to them afterwards.
+
+    Raises:
+        MediaError: the source is none of these. What a path leads to is only read later.
+    """
+
+    source: Source
+
+    medium: ClassVar[str] = "image"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, np.ndarray):
+            self._check_array(self.source)
+        elif not isinstance(self.source, str | Path | bytes | PIL.Image.Image):
+            raise self._error(
+                "a picture must be a path, bytes, a PIL image or a uint8 array; "
+                f"it is {type(self.source).__name__}"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        """Paths and bytes compare by value; pictures in memory only with themselves."""
+        if not isinstance(other, Image):
+            return NotImplemented
+        if isinstance(self.source, str | Path | bytes):
+            return type(self.source) is type(other.source) and self.source == other.source
+        return self.source is other.source
+
+    def __hash__(self) -> int:
+        if isinstance(self.source, str | Path | bytes):
+            return hash(self.source)
+        return id(self.source)
+
+    @property
+    def file(self) -> str:
+        if isinstance(self.source, str | Path):
+            return str(self.source)
+        if isinstance(self.source, bytes):
+            return f"<{len(self.source)} bytes>"
+        if isinstance(self.source, PIL.Image.Image):
+            return str(getattr(self.source, "filename", "") or "<PIL image>")
+        return f"<array {getattr(self.source, 'shape', '')}>"
+
+    def header(self, limits: Limits = Limits()) -> ImageHeader:  # noqa: B008  (frozen)
+        """Size and format from the header, without decoding.
+
+        An orientation is looked for where it precedes the pixels, as cameras and editors write it.
+
+        Raises:
+            MediaError: the file is missing, empty, over a limit or not a picture.
+        """
+        with self._opened(limits) as (_, header, _):
+            return header
+
+    def decode(self, limits: Limits = Limits()) -> NDArray[np.uint8]:  # noqa: B008  (frozen)
+        """The picture as uint8 (H, W, 3); H and W are the header's. Films give their first frame.
+
+        Raises:
+            MediaError: as for `header`, or the file is truncated, or its pixels have no one
+                meaning as colours.
+        """
+        with self._opened(limits) as (picture, header, turn):
+            with self._reading("decoded"):
+                if isinstance(self.source, PIL.Image.Image):
+                    with _LOADING:
+                        picture.load()
+                pixels = to_rgb(picture)
+            if turn is not None:
+                pixels = turn(pixels)
+            if pixels.shape != (header.height, header.width, 3):
+                raise self._error(
+                    f"a picture must have the size its header gives, {header.width} x "
+                    f"{header.height}; it decodes to {pixels.shape[1]} x {pixels.shape[0]}; "
+                    "save it again as PNG or JPEG"
+                )
+            return np.ascontiguousarray(pixels)
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of the file's bytes, or of the canonical pixels and their shape."""
+        if isinstance(self.source, bytes):
+            return hashlib.sha256(self.source).hexdigest()
+        if isinstance(self.source, str | Path):
+            self._file_size()
+            with self._reading("read"), Path(self.source).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        pixels = self.decode()
+        digest = hashlib.sha256(f"plait pixels {pixels.shape}".encode())
+        digest.update(pixels.data)
+        return digest.hexdigest()
+
+    def _check_array(self, array: NDArray[Any]) -> None:
+        channels = array.shape[2] if array.ndim == 3 else 1
+        if array.dtype != np.uint8:
+            raise self._error(
+                f"a picture array must be uint8, 0 to 255; it is {array.dtype}; scale it to 255, "
+                "round it and cast it with .astype(np.uint8)"
+            )
+        if array.ndim not in (2, 3) or (array.ndim == 3 and channels not in (3, 4)):
+            raise self._error(
+                "a picture array must be (H, W), (H, W, 3) or (H, W, 4), channels last; it is "
+                f"{array.shape}; transpose or reshape it"
+            )
+        if array.size == 0:
+            raise self._error(f"a picture must have pixels; this array is {array.shape}")
+
+    @contextmanager
+    def _opened(self, limits: Limits) -> Iterator[tuple[PIL.Image.Image, ImageHeader, Turn | None]]:
+        """The picture, not yet decoded, with its header and the turn that makes it upright."""
+        size = self._size_in_bytes()
+        if size > limits.max_image_bytes:
+            raise self._error(
+                f"a picture must have at most {limits.max_image_bytes:,} bytes; this one has "
+                f"{size:,}; shrink it or raise max_image_bytes"
+            )
+        with self._reading("read"):
+            picture = self._open()
+        try:
+            turn = _turn(picture)
+            header = self._describe(picture, size, swapped=turn is not None and turn.swaps)
+            self._check_pixels(header, limits)
+            yield picture, header, turn
+        finally:
+            if picture is not self.source:
+                picture.close()
+
+    def _open(self) -> PIL.Image.Image:
+        if isinstance(self.source, PIL.Image.Image):
+            return self.source
+        if isinstance(self.source, np.ndarray):
+            return PIL.Image.fromarray(self.source)
+        source = BytesIO(self.source) if isinstance(self.source, bytes) else self.source
+        return PIL.Image.open(source)
+
+    def _describe(self, picture: PIL.Image.Image, size: int, swapped: bool) -> ImageHeader:
+        width, height = reversed(picture.size) if swapped else picture.size
+        unnamed = "array" if isinstance(self.source, np.ndarray) else "PIL"
+        return ImageHeader(width, height, picture.format or unnamed, picture.mode, size)
+
+    def _check_pixels(self, header: ImageHeader, limits: Limits) -> None:
+        pixels = header.width * header.height
+        if pixels > limits.max_image_pixels:
+            raise self._error(
+                f"a picture must have at most {limits.max_image_pixels:,} pixels; this one has "
+                f"{header.width} x {header.height} = {pixels:,}; shrink it or raise "
+                "max_image_pixels"
+            )
+        if pixels == 0:
+            raise self._error(
+                f"a picture must have pixels; this one is {header.width} x {header.height}"
+            )
+        if header.format in _DRAWINGS:
+            raise self._error(
+                f"a picture must hold pixels, not drawing commands; this one is {header.format}; "
+                "save it as PNG"
+            )
+
+    def _size_in_bytes(self) -> int:
+        if isinstance(self.source, bytes):
+            if not self.source:
+                raise self._error("a picture must have bytes; it is empty; give the file's bytes")
+            return len(self.source)
+        if isinstance(self.source, np.ndarray):
+            return self.source.nbytes
+        if isinstance(self.source, PIL.Image.Image):
+            width, height = self.source.size
+            return width * height * len(self.source.getbands())
+        return self._file_size()
+
+    def _file_size(self) -> int:
+        with self._reading("read"):
+            facts = Path(str(self.source)).stat()
+        if not stat.S_ISREG(facts.st_mode):
+            kind = "a directory" if stat.S_ISDIR(facts.st_mode) else "not a regular file"
+            raise self._error(f"a picture must be a file; this is {kind}; give a file's path")
+        if facts.st_size == 0:
+            raise self._error("a picture must have bytes; this file is empty; replace it")
+        return facts.st_size
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Turn whatever Pillow raises on broken or hostile files into one kind of error."""
+        try:
+            yield
+        except MediaError as error:
+            raise error.at(Origin(file=self.file)) from None
+        except MemoryError:
+            raise
+        except FileNotFoundError as error:
+            raise self._error(
+                "a picture must exist; there is no such file; mend the path or remove the row"
+            ) from error
+        except PIL.UnidentifiedImageError as error:
+            raise self._error(
+                "a picture must be in a format that Pillow reads; this file is in none; save it "
+                "as PNG or JPEG"
+            ) from error
+        except (DecompressionBombError, DecompressionBombWarning) as error:
+            raise self._error(
+                f"a picture must not be a decompression bomb ({error}); shrink it"
+            ) from error
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise self._error(
+                f"a picture must be whole; this one cannot be {what}: {reason}; replace the file "
+                "or remove the row"
+            ) from error
+
+    def _error(self, message: str) -> MediaError:
+        return MediaError(message, Origin(file=self.file))
+
+
+def _turn(picture: PIL.Image.Image) -> Turn | None:
+    """How to make the picture upright, or None; never decodes.
+
+    `PIL.Image.Image.getexif` is called unbound because the PNG reader's own decodes the picture.
+    The TIFF reader gives an upright size, and turns the pixels, by itself.
+    """
+    if picture.format == "TIFF":
+        return None
+    try:
+        exif = PIL.Image.Image.getexif(picture)
+    except Exception:  # broken EXIF is common, raises anything, and says nothing of the pixels
+        return None
+    return UPRIGHT.get(exif.get(Base.Orientation, 1))

@@ -1,0 +1,124 @@
+"""Every error that Plait raises on purpose, in one tree.
+
+    PlaitError
+    ├── ConfigError           ValueError         a setting that cannot be used
+    │   └── UnknownNameError  LookupError        a name nobody registered; the nearest is offered
+    ├── DataError             ValueError         a row that cannot be used: dataset, row, file
+    │   ├── MediaError                           a picture, sound or film that cannot be decoded
+    │   ├── RenderError                          a sample that cannot become labelled positions
+    │   └── FailureBudgetError                   too many broken rows
+    ├── CheckpointError       RuntimeError       a checkpoint that cannot be written or read
+    ├── FetchError            RuntimeError       a download or conversion that did not succeed
+    ├── ModelError            RuntimeError       a model that does not behave as it must
+    └── Interrupted           RuntimeError       the user stopped a run; what is saved is said
+
+A message gives the rule, the value and the remedy. `exit_code` is what the command line returns:
+2 for bad input, 1 for a failure.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a sample came from, for error messages and the ledger."""
+
+    dataset: str = ""
+    row: int | None = None
+    file: str = ""
+
+    def __str__(self) -> str:
+        facts = [f"dataset {self.dataset}"] if self.dataset else []
+        if self.row is not None:
+            facts.append(f"row {self.row}")
+        if self.file:
+            facts.append(f"file {self.file}")
+        return ", ".join(facts)
+
+
+class PlaitError(Exception):
+    """The root: catch it to catch everything that Plait raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(PlaitError, ValueError):
+    """A setting that cannot be used."""
+
+    exit_code = 2
+
+
+class UnknownNameError(ConfigError, LookupError):
+    """A name that nobody registered.
+
+    Args:
+        kind: What the name should have named ("encoder", "key in train").
+        name: The name given.
+        known: The names that would have been accepted; the nearest one is offered.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        self.kind, self.name, self.known = kind, name, tuple(sorted(known))
+        near = get_close_matches(name, self.known, n=1, cutoff=0.5)
+        offer = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self.known)}"
+        super().__init__(f"unknown {kind} {name!r}; {offer}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.kind, self.name, self.known)
+
+
+class DataError(PlaitError, ValueError):
+    """A row that cannot be used; says which.
+
+    Args:
+        message: Rule, value and remedy.
+        origin: The dataset, row and file; appended to the message where known.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, origin: Origin | None = None) -> None:
+        self.message, self.origin = message, origin or Origin()
+        where = str(self.origin)
+        super().__init__(f"{message} ({where})" if where else message)
+
+    def at(self, origin: Origin) -> "DataError":
+        """The same error with its place, keeping the file that the first report already named."""
+        file = self.origin.file or origin.file
+        return type(self)(self.message, Origin(origin.dataset, origin.row, file))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.origin)
+
+
+class MediaError(DataError):
+    """A picture, sound or film that cannot be read or decoded, or is over a limit."""
+
+
+class RenderError(DataError):
+    """A sample that cannot become labelled stream positions."""
+
+
+class FailureBudgetError(DataError):
+    """More rows broke than the policy allows."""
+
+
+class CheckpointError(PlaitError, RuntimeError):
+    """A checkpoint that cannot be written, read or used here."""
+
+
+class FetchError(PlaitError, RuntimeError):
+    """A download, checksum or conversion that did not succeed."""
+
+
+class ModelError(PlaitError, RuntimeError):
+    """A model that does not behave as training needs it to."""
+
+
+class Interrupted(PlaitError, RuntimeError):  # noqa: N818  (the field's word for Ctrl-C)
+    """The user stopped a run; the message says what was saved and how to resume."""
+
+    exit_code = 130

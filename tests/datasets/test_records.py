@@ -1,0 +1,220 @@
+"""The folder and CSV dialects, and how a dialect is chosen."""
+
+import pickle
+from pathlib import Path
+
+import PIL.Image
+import pytest
+
+from plait.datasets.records import CaptionOptions, LeftOut, open_records
+from plait.errors import ConfigError, DataError, UnknownNameError
+from plait.modalities import Image, Text
+from plait.stream import Message, Sample
+
+
+def picture(file: Path, colour: str = "red") -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.new("RGB", (4, 3), colour).save(file)
+    return file
+
+
+def captioned(folder: Path, captions: dict[str, str]) -> Path:
+    """A folder of pictures with text files: relative path without ending -> text."""
+    for name, text in captions.items():
+        picture(folder / f"{name}.png").with_suffix(".txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def answer(sample: Sample) -> str:
+    part = sample.messages[-1].parts[0]
+    assert isinstance(part, Text)
+    return part.text
+
+
+def test_folder_rows_are_sorted_pictures_with_texts(tmp_path: Path) -> None:
+    captioned(tmp_path, {"b/z": "Last.", "b/c/y": "Middle", "top": "Ünï\nsecond"})
+    records = open_records(tmp_path, name="mine")
+    assert (records.dialect, len(records)) == ("folder", 3)
+    assert [s.id for s in records] == ["b/c/y.png", "b/z.png", "top.png"]
+    assert [s.label for s in records] == ["b", "b", ""]
+    first = records[0]
+    image = Image(tmp_path / "b/c/y.png")
+    assert first.messages == (
+        Message("user", (image,)),
+        Message("assistant", (Text("Middle"),)),
+    )
+    assert (first.origin.dataset, first.origin.row) == ("mine", 0)
+    assert first.origin.file == str(tmp_path / "b/c/y.png")
+    assert answer(records[-1]) == "Ünï"
+    assert records[1:] == list(records)[1:]
+    assert pickle.loads(pickle.dumps(records))[0] == first
+    with pytest.raises(IndexError):
+        records[3]
+
+
+def test_folder_accounts_for_what_it_leaves_out(tmp_path: Path) -> None:
+    captioned(tmp_path, {"a/x": "x"})
+    picture(tmp_path / "a/alone.png")
+    (tmp_path / "a/drawn.svg").write_text("<svg/>")
+    (tmp_path / "a/drawn.txt").write_text("A drawing")
+    (tmp_path / "a/x.svg").write_text("<svg/>")  # x.png is read
+    (tmp_path / "readme.txt").write_text("no picture of this name")
+    picture(tmp_path / ".hidden/x.png")
+    records = open_records(tmp_path)
+    assert records.left_out == (
+        LeftOut("a/alone.png", "no .txt of the same name"),
+        LeftOut("a/drawn.svg", ".svg pictures are not read"),
+    )
+    assert len(records) == 1
+
+
+def test_a_broken_row_raises_only_when_read(tmp_path: Path) -> None:
+    captioned(tmp_path, {"a": "fine", "b": "", "c": " \nsecond", "e": "."})
+    picture(tmp_path / "d.png").with_suffix(".txt").write_bytes(b"caf\xe9")
+    records = open_records(tmp_path, name="mine", captions=CaptionOptions(strip_final_stop=True))
+    assert len(records) == 5
+    assert answer(records[0]) == "fine"
+    for row, rule, file in (
+        (1, "must not be empty", "b.png"),
+        (2, "must not be empty", "c.png"),
+        (3, "must be UTF-8", "d.txt"),
+        (4, "must not be empty", "e.png"),
+    ):
+        with pytest.raises(DataError, match=rule) as caught:
+            records[row]
+        origin = caught.value.origin
+        assert (origin.dataset, origin.row) == ("mine", row)
+        assert origin.file == str(tmp_path / file)
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "label", "caption"),
+    [
+        ({}, "A frog.", "animals", "A frog."),
+        ({"strip_final_stop": True}, "A frog. ", "", "A frog"),
+        ({"strip_final_stop": True}, "Well...", "", "Well..."),
+        ({"lower_first": True}, "A Frog", "", "a Frog"),
+        ({"line": 2}, "one\ntwo\r\n", "", "two"),
+        ({"template": "{class}: {text}"}, "a frog", "animals", "animals: a frog"),
+        ({"template": "{class}: {text}"}, "a frog", "", "a frog"),
+        ({"template": "Say {{{text}}}"}, "{class}", "c", "Say {{class}}"),
+    ],
+)
+def test_captions(options: dict[str, object], text: str, label: str, caption: str) -> None:
+    assert CaptionOptions(**options).caption(text, label) == caption  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"line": 0},
+        {"template": "no field"},
+        {"template": "{class}"},
+        {"template": "{text} {name}"},
+        {"template": "{text!r}"},
+        {"template": "{text:>9}"},
+        {"template": "{text"},
+        {"prompt": "no picture"},
+        {"prompt": "<image><image>"},
+    ],
+)
+def test_caption_options_that_cannot_be_used(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="captions"):
+        CaptionOptions(**options)  # type: ignore[arg-type]
+
+
+def test_prompt_stands_around_the_picture(tmp_path: Path) -> None:
+    captioned(tmp_path, {"a": "fine"})
+    (sample,) = open_records(tmp_path, captions=CaptionOptions(prompt="See <image> now"))
+    image = Image(tmp_path / "a.png")
+    assert sample.messages[0].parts == (Text("See "), image, Text(" now"))
+
+
+def test_csv_folder_file_and_media_dir(tmp_path: Path) -> None:
+    table = tmp_path / "any name.csv"
+    table.write_bytes(
+        b"\xef\xbb\xbfFilename, Caption ,label\n"
+        b'animals/a.png,"A frog, green.\nmore",\n\nb.png,B,cars\n'
+    )
+    captions = CaptionOptions(template="{class}: {text}")
+    records = open_records(tmp_path, captions=captions)
+    assert (records.dialect, len(records)) == ("csv", 2)
+    assert [answer(s) for s in records] == ["A frog, green.", "cars: B"]
+    assert [s.id for s in records] == ["animals/a.png", "b.png"]
+    assert records[0].media() == (Image(tmp_path / "animals/a.png"),)
+    elsewhere = open_records(table, media_dir=tmp_path / "media")
+    assert elsewhere[1].media() == (Image(tmp_path / "media/b.png"),)
+    assert [s.label for s in elsewhere] == ["", "cars"]
+
+
+def test_csv_without_a_class_column_takes_the_first_folder(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("image,text\nanimals/x/a.png,one\nb.png,two\n")
+    assert [s.label for s in open_records(tmp_path)] == ["animals", ""]
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        ("", "one picture column"),
+        ("file,image,text\n", "one picture column"),
+        ("file\na.png\n", "one text column"),
+        ("file,text,clas\na,b,c\n", "did you mean 'class'"),
+        ("file,text\n", "must have rows"),
+        ('file,text\n"a"b,c\n', "well formed"),
+    ],
+)
+def test_csv_that_cannot_be_used(tmp_path: Path, content: str, rule: str) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text(content)
+    with pytest.raises(DataError, match=rule) as caught:
+        open_records(file, name="mine")
+    assert caught.value.origin.dataset == "mine"
+    assert caught.value.origin.file == str(file)
+
+
+def test_csv_rows_that_cannot_be_used(tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text("file,text\na.png,fine\nb.png\n,no name\nc.png,\nd.png,one,two\n")
+    records = open_records(file)
+    assert answer(records[0]) == "fine"
+    for row, rule in ((1, "2 cells"), (2, "name its picture"), (3, "empty"), (4, "quote")):
+        with pytest.raises(DataError, match=rule) as caught:
+            records[row]
+        assert caught.value.origin.row == row
+    file.write_bytes(b"file,text\na.png,caf\xe9\n")
+    with pytest.raises(DataError, match="UTF-8"):
+        open_records(file)
+
+
+def test_empty_and_missing_datasets_are_refused_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"must have rows.*\.txt of the same name"):
+        open_records(tmp_path, name="mine")
+    with pytest.raises(DataError, match=r"must exist.*mend the path"):
+        open_records(tmp_path / "no")
+    picture(tmp_path / "a.png")
+    with pytest.raises(DataError, match="1 pictures there have none"):
+        open_records(tmp_path)
+    with pytest.raises(DataError, match="needs a folder"):
+        open_records(tmp_path / "a.png", dialect="folder")
+    with pytest.raises(DataError, match="holds none"):
+        open_records(tmp_path, dialect="csv")
+
+
+def test_dialect_is_recognised_forced_and_refused(tmp_path: Path) -> None:
+    captioned(tmp_path, {"a": "fine"})
+    table = tmp_path / "notes.csv"
+    table.write_text("file,text\na.png,from the table\n")
+    assert open_records(tmp_path).dialect == "csv"
+    assert answer(open_records(tmp_path, dialect="folder")[0]) == "fine"
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match="dialects jsonl and csv"):
+        open_records(tmp_path)
+    (tmp_path / "more.csv").write_text("")
+    with pytest.raises(ConfigError, match=r"more\.csv, notes\.csv"):
+        open_records(tmp_path, dialect="csv")
+    with pytest.raises(UnknownNameError, match="did you mean 'folder'"):
+        open_records(tmp_path, dialect="foldr")
+    with pytest.raises(ConfigError, match=r"\.jsonl, \.csv"):
+        open_records(tmp_path / "a.png")
+    with pytest.raises(ConfigError, match="takes no 'media_dir'"):
+        open_records(tmp_path, dialect="folder", media_dir=tmp_path)

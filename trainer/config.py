@@ -1,0 +1,259 @@
+"""A training run as data: the dataclasses that a YAML recipe is loaded into.
+
+`load_config` refuses a key that no dataclass has and offers the nearest one; jsonargparse checks
+the values' types and builds the same objects that Python code would.
+"""
+
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from plait.datasets.records.captions import CaptionOptions
+from plait.datasets.splits import SplitOptions
+from plait.datasets.views import Views
+from plait.errors import ConfigError, UnknownNameError
+from plait.modalities import Limits
+from plait.trainer.spec import ModelSpec
+
+FETCHED = "fetched:"
+"""`data.path: fetched:stamps` is what `plait fetch stamps` brought."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrokenRows:
+    """What happens to rows that cannot be decoded."""
+
+    on_error: Literal["raise", "skip"] = "raise"
+    """"raise" stops at the first; "skip" leaves it out, writes it down and goes on."""
+
+    max_consecutive: int | None = 16
+    """Broken rows one after another that are still skipped; null is no limit."""
+
+    max_total: int | None = 100
+    """Broken rows of a run that are still skipped; null is no limit."""
+
+    too_long: Literal["drop", "error"] = "error"
+    """What happens to a row longer than a pack."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Rows, and which of them are held out."""
+
+    path: str
+    """A folder of pictures, a .csv or .jsonl file, or `fetched:<name>`."""
+
+    dialect: Literal["jsonl", "csv", "folder"] | None = None
+    """How to read it; recognised from the path by default."""
+
+    media_dir: str | None = None
+    """Where relative picture paths start; the table's own folder by default."""
+
+    captions: CaptionOptions | None = None
+    """How texts become answers; for pictures with captions."""
+
+    split: SplitOptions = field(default_factory=SplitOptions)
+    broken: BrokenRows = field(default_factory=BrokenRows)
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimisation, in packs and steps."""
+
+    steps: int = 200
+    """Optimiser steps."""
+
+    capacity: int = 1024
+    """Positions of a pack, which is one micro-batch, at most."""
+
+    max_documents: int | None = None
+    """Samples of a pack at most; null is no limit."""
+
+    accumulate: int = 1
+    """Packs of one optimiser step."""
+
+    learning_rate: float = 4e-4
+    """Peak learning rate of every part not named in `part_learning_rates`."""
+
+    part_learning_rates: Mapping[str, float] = field(default_factory=dict)
+    """Peak learning rates by part: language, projector, vision."""
+
+    warmup: int = 20
+    """Steps over which learning rates rise linearly to their peak."""
+
+    final_share: float = 0.0
+    """Learning rates fall along a cosine to this share of their peak."""
+
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 1.0
+    """Of the mean gradient; 0 clips nothing."""
+
+    workers: int = 2
+    """Threads that decode pictures."""
+
+    prefetch: int = 4
+    """Packs prepared ahead."""
+
+    cache_features: bool = True
+    """Compute the features of frozen encoders once, and keep them under $PLAIT_HOME."""
+
+    cache_memory_mb: int = 256
+    """Features kept in memory besides, in 10^6 bytes."""
+
+    validate_every: int = 25
+    """Steps between measurements on the validation rows."""
+
+    patience: int | None = None
+    """Stop after so many validations without a better one; null never stops early."""
+
+    checkpoint_every: int = 25
+    """Steps between checkpoints."""
+
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; the best one is kept besides."""
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "capacity": 2, "accumulate": 1, "warmup": 0, "validate_every": 1,
+                 "checkpoint_every": 1, "keep_checkpoints": 1, "cache_memory_mb": 0}  # fmt: skip
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ConfigError(
+                    f"train.{name} must be at least {low}; it is {getattr(self, name)}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured on the test rows, before and after."""
+
+    captions: int = 12
+    """Test rows whose greedy answers are written down."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a training run."""
+
+    name: str
+    data: DataConfig
+    model: ModelSpec
+
+    run_dir: str = ""
+    """Where checkpoints, logs and metrics go; runs/<name> by default."""
+
+    seed: int = 0
+    """Draws the initial weights, the order of rows and the choice of views."""
+
+    threads: int = 0
+    """CPU threads of torch; 0 is one per core."""
+
+    views: Views = field(default_factory=Views)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.name}")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML recipe.
+
+    Args:
+        overrides: `section.key=value`, the value in YAML; applied over the file.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown, or a value does not fit.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"a recipe must be a file; there is none at {path}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"a recipe must be YAML; {path} is not: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"a recipe must be YAML with keys; {path} holds {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return config_from(values)
+
+
+def config_from(values: Mapping[str, Any]) -> RunConfig:
+    """A run from nested plain values, as they stand in YAML.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    _refuse_unknown(RunConfig, values, "")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--run", type=RunConfig)
+    try:
+        run = parser.instantiate_classes(parser.parse_object({"run": dict(values)})).run
+    except (ArgumentError, TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"a value of the recipe does not fit: {_readable(error)}") from error
+    assert isinstance(run, RunConfig)
+    return run
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """The run as nested plain values, ready for JSON and for `config_from`."""
+    values = asdict(config)
+    return {key: _listed(value) for key, value in values.items()}
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _listed(inner) for key, inner in value.items()}
+    return [_listed(inner) for inner in value] if isinstance(value, tuple) else value
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"an override is written key=value; got {override!r}")
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{key} cannot be set: {section} is a value, not a section")
+        values = inner
+    values[last] = yaml.safe_load(text)
+
+
+def _refuse_unknown(kind: type[Any], values: Any, where: str) -> None:
+    if not isinstance(values, Mapping):
+        return
+    hints = get_type_hints(kind)
+    known = [f.name for f in fields(kind)]
+    for key, value in values.items():
+        if key not in known:
+            raise UnknownNameError(f"key in {where or 'the recipe'}", str(key), known)
+        _descend(hints[key], value, f"{where}.{key}" if where else key)
+
+
+def _descend(hint: Any, value: Any, where: str) -> None:
+    """Check the keys inside a field that is a dataclass, an optional one, or a mapping of them."""
+    arguments = get_args(hint)
+    if is_dataclass(hint) and isinstance(hint, type):
+        _refuse_unknown(hint, value, where)
+    elif get_origin(hint) in (Union, types.UnionType):
+        for option in arguments:
+            _descend(option, value, where)
+    elif len(arguments) == 2 and is_dataclass(arguments[1]) and isinstance(value, Mapping):
+        for key, inner in value.items():
+            _descend(arguments[1], inner, f"{where}.{key}")
+
+
+def _readable(error: Exception) -> str:
+    """The telling line of jsonargparse's nested message."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
+    return " ".join(lines[:4])

@@ -1,0 +1,68 @@
+"""Class accuracy by logprobs: which class name does the model find most probable first?"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from plait.stream import Layout, Sample
+from plait.trainer.evaluation.reader import Reader
+from plait.trainer.model import PlaitModel
+from plait.trainer.sampling.continuation import Continuation
+
+PROMPTS_AT_ONCE = 8
+
+
+@torch.inference_mode()
+def class_accuracy(
+    model: PlaitModel,
+    reader: Reader,
+    tokenizer: Any,
+    layout: Layout,
+    samples: Sequence[Sample],
+    classes: Sequence[str],
+) -> float:
+    """The share of samples whose class has the greatest summed logprob of `<class>:`.
+
+    The media and prompt of each sample are read once; the classes continue from its cache.
+    """
+    model.eval()
+    names = [tokenizer(f"{name}:", add_special_tokens=False).input_ids for name in classes]
+    prompts = reader.documents([prompt_of(sample) for sample in samples], for_generation=True)
+    right = 0
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+        some = prompts[start : start + PROMPTS_AT_ONCE]
+        scores = _scores(model, layout, some, names)
+        for sample, best in zip(samples[start:], scores.argmax(1).tolist(), strict=False):
+            right += classes[best] == sample.label
+    return right / len(samples)
+
+
+def prompt_of(sample: Sample) -> Sample:
+    """The sample without its last assistant turn, to be rendered for generation."""
+    messages = list(sample.messages)
+    while messages and messages[-1].role == "assistant":
+        messages.pop()
+    return replace(sample, messages=tuple(messages))
+
+
+def _scores(
+    model: PlaitModel, layout: Layout, prompts: Sequence[Any], names: Sequence[list[int]]
+) -> torch.Tensor:
+    """(prompts, classes) summed logprobs."""
+    room = max(len(name) for name in names)
+    documents, inputs = zip(*prompts, strict=True)
+    copies = [len(names)] * len(prompts)
+    continuation = Continuation(model, layout, documents, inputs, copies, room)
+    tokens = [name for _ in prompts for name in names]
+    targets = torch.tensor([token for name in tokens for token in name])
+    hidden = continuation.push(tokens, range(len(tokens)))
+    # What predicts a name's first token is the prompt's end; the others follow their predecessor.
+    starts = torch.tensor([0] + [len(name) for name in tokens[:-1]]).cumsum(0)
+    before = hidden.roll(1, 0)
+    before[starts] = continuation.last_hidden()
+    logprobs = model.logprobs_at(before, targets.to(model.device)).cpu()
+    rows = torch.arange(len(tokens)).repeat_interleave(torch.tensor([len(n) for n in tokens]))
+    scores = torch.zeros(len(tokens)).index_add(0, rows, logprobs)
+    return scores.view(len(prompts), len(names))

@@ -1,0 +1,93 @@
+"""Writing folders so that a kill, a full disk or a crash leaves the old one or the new one."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from plait.errors import CheckpointError
+
+_ASIDE = ".writing-"
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill; it becomes `target`, synced, when the block ends without an error.
+
+    Raises:
+        CheckpointError: it cannot be written, for instance because the disk is full; what stood
+            at `target` before is unchanged.
+    """
+    aside = target.with_name(_ASIDE + target.name)
+    try:
+        if aside.exists():
+            shutil.rmtree(aside)
+        aside.mkdir(parents=True)
+        yield aside
+        for path in [*sorted(aside.rglob("*")), aside]:
+            sync(path)
+        _replace(target, aside)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if is_write_failure(error):
+            raise CheckpointError(
+                f"{target} cannot be written: {error}; free some space or choose another run_dir; "
+                "what was saved before is unchanged"
+            ) from error
+        raise
+
+
+def _replace(target: Path, aside: Path) -> None:
+    old = target.with_name(f"{_ASIDE}old-{target.name}")
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    aside.rename(target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def is_write_failure(error: BaseException) -> bool:
+    """An error of the operating system, also where safetensors wraps it in its own."""
+    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON beside `path` and rename it there: a reader sees the old or the new file.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    aside = path.with_name(_ASIDE + path.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("w", encoding="utf-8") as file:
+            json.dump(values, file, indent=1, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} cannot be written: {error}; free some space") from error
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what interrupted writes left in `folder`."""
+    for path in folder.glob(f"{_ASIDE}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,59 @@
+"""From an item's reference to what its encoder reads: cached features, or decoded inputs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from plait.datasets.views import Views
+from plait.encoders.feature_cache import FeatureCache
+from plait.encoders.media_encoder import MediaEncoder
+from plait.modalities import Limits
+from plait.stream import Item, ItemInputs
+from plait.trainer.model import PlaitModel
+
+BATCH = 16
+"""Items encoded together while features are computed ahead."""
+
+
+@dataclass(slots=True)
+class ItemLoader:
+    """Loads items from any thread; looks in the caches of frozen encoders first.
+
+    `caches` holds a cache for each encoder whose features may be kept.
+    """
+
+    encoders: Mapping[str, MediaEncoder]
+    views: Views
+    limits: Limits
+    caches: Mapping[str, FeatureCache]
+
+    def __call__(self, item: Item) -> ItemInputs:
+        cache = self.caches.get(item.plan.encoder)
+        if cache is not None:
+            features = cache.get(self.key(item))
+            if features is not None:
+                return ItemInputs(features=features)
+        return self.decode(item)
+
+    def decode(self, item: Item) -> ItemInputs:
+        pixels = item.part.decode(self.limits)
+        if item.view:
+            pixels = self.views.apply(pixels, item.part.digest(), item.view)
+        return ItemInputs(inputs=self.encoders[item.plan.encoder].encoder.process(pixels))
+
+    def key(self, item: Item) -> str:
+        """Of the item's file, its view and its encoder, in that encoder's cache."""
+        view = f"{self.views.name}:{item.view}" if item.view else "as it is"
+        return self.caches[item.plan.encoder].key(item.part.digest(), view)
+
+    def keep(self, items: Sequence[Item], inputs: Sequence[ItemInputs]) -> None:
+        """Encode decoded items of one encoder together and keep their features."""
+        encoder = self.encoders[items[0].plan.encoder]
+        cache = self.caches[items[0].plan.encoder]
+        features = encoder.features([loaded.inputs or {} for loaded in inputs])
+        for item, encoded in zip(items, features, strict=True):
+            cache.put(self.key(item), encoded)
+
+
+def cacheable(model: PlaitModel) -> list[str]:
+    """Names of the encoders whose features never change: those whose tower is frozen."""
+    return [name for name in model.encoders if not model.media_encoder(name).trainable]

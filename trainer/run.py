@@ -1,0 +1,317 @@
+"""`plait train`: one run from a recipe to metrics.json, resumable at any moment.
+
+runs/stamps/
+  run.json          the recipe as it was understood
+  before.json       measured before training
+  checkpoints/      step-000050/ ... to resume from; best-000075/ the weights that were kept
+  ledger.jsonl      what became of every row
+  logs/             CSV and TensorBoard
+  losses.csv  metrics.json  captions.json
+"""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from plait.datasets.ledger import Ledger, empty_state
+from plait.errors import CheckpointError, ConfigError, DataError, Interrupted
+from plait.stream import Sample
+from plait.trainer import checkpoint
+from plait.trainer.build import Built, build, parameter_counts
+from plait.trainer.checks import check_packing
+from plait.trainer.config import RunConfig, plain
+from plait.trainer.data import open_data
+from plait.trainer.evaluation.nll import nll, per_token
+from plait.trainer.evaluation.suite import Measured
+from plait.trainer.files import remove_leftovers, write_json
+from plait.trainer.lightning_run import Hooks, PlaitModule, Progress, fit
+from plait.trainer.phases import Phases
+from plait.trainer.progress import bar
+from plait.trainer.reports.pages import thumbnail
+from plait.trainer.rundir import claim, read_json
+from plait.trainer.runlog import make_loggers, merge_losses
+from plait.trainer.workbench import Workbench
+
+VERSIONS = ("plait", "torch", "transformers", "peft", "lightning", "tokenizers", "numpy", "pillow")
+
+
+class TrainingRun:
+    """One run. `execute` does what is left of it and returns the metrics."""
+
+    def __init__(self, config: RunConfig, console: Console) -> None:
+        self.config, self.console = config, console
+        self.folder = config.folder
+        self.phases = Phases()
+        self._stop = threading.Event()
+
+    def execute(self) -> dict[str, Any]:
+        """Raises:
+        PlaitError: whatever stops the run; what was saved stays, and a next call goes on from it.
+        """
+        torch.set_num_threads(self.config.threads or os.cpu_count() or 1)
+        bench = self.prepare()
+        self.compute_features(bench)
+        before = self.measure_before(bench)
+        progress = self.train(bench)
+        return self.finish(bench, before, progress)
+
+    def prepare(self) -> Workbench:
+        """Load the model, open the rows, and check that packing changes nothing."""
+        with self.phases("load"):
+            built = build(self.config.model, self.config.seed)
+        with self.phases("plan"):
+            with bar(self.console, "comparing pictures") as advance:
+                data = open_data(self.config.data, advance)
+            bench = Workbench(self.config, built, data)
+            for note in data.splits.notes:
+                self.console.print(f"[yellow]note:[/] {note}")
+            self._require_rows(bench)
+        # Nothing is written before the recipe, the model and the rows have proved usable.
+        claim(self.folder, self.config)
+        remove_leftovers(self.folder / "checkpoints")
+        with self.phases("load"):
+            packs, difference = check_packing(built)
+        if not packs:
+            self.console.print(
+                f"[yellow]warning:[/] packing changes this model's gradients by {difference:.1e}; "
+                "documents run one by one"
+            )
+        return bench
+
+    def _require_rows(self, bench: Workbench) -> None:
+        if not bench.data.splits.test:
+            raise DataError(
+                "a run needs test rows and data.split.test is 0 for this dataset; hold some out"
+            )
+        if not bench.measured.rows:
+            refused = bench.measured.refused
+            reason = f"; the first: {refused[0].reason}" if refused else ""
+            raise DataError(f"a run needs a usable training row and there is none{reason}")
+
+    def compute_features(self, bench: Workbench) -> None:
+        with self.phases("features"):
+            items = bench.items_to_cache()
+            if items:
+                with bar(self.console, "computing picture features", len(items)) as advance:
+                    bench.cache_features(items, lambda n: advance(n, None))
+
+    def measure_before(self, bench: Workbench) -> dict[str, Any]:
+        """Measured once per run; a resumed run reads what it wrote."""
+        file = self.folder / "before.json"
+        if file.is_file():
+            found: dict[str, Any] = read_json(file)
+            return found
+        with self.phases("before"):
+            self.console.print("measuring the untrained model on the test rows")
+            measured = asdict(bench.suite.measure(bench.data.test))
+            measured["captions"] = bench.suite.captions(self._shown(bench))
+        write_json(file, measured)
+        return measured
+
+    def _shown(self, bench: Workbench) -> list[Sample]:
+        """Test rows for captions: spread over the test rows as the split orders them."""
+        test = bench.data.test
+        count = min(self.config.evaluation.captions, len(test))
+        return [test[i * len(test) // count] for i in range(count)]
+
+    def train(self, bench: Workbench) -> Progress:
+        with self.phases("train"), bench.loader(Ledger(self.folder / "ledger.jsonl")) as loader:
+            module = self._module(bench, loader)
+            self._resume(bench.built, module, loader)
+            if module.progress.step < self.config.train.steps:
+                self._fit(module)
+        progress = module.progress
+        if self._stop.is_set() and progress.step < self.config.train.steps:
+            raise Interrupted(
+                f"stopped after step {progress.step} of {self.config.train.steps}, which is saved "
+                f"in {self.folder}; run the same command again to go on from there"
+            )
+        return progress
+
+    def _module(self, bench: Workbench, loader: Any) -> PlaitModule:
+        hooks = Hooks(
+            log=self._log,
+            validate=lambda: self._validate(bench),
+            keep_best=lambda step: self._keep_best(bench.built, step),
+            checkpoint=lambda step: self._checkpoint(bench.built, module, loader, step),
+            stop_requested=self._stop.is_set,
+        )
+        module = PlaitModule(bench.built.model, loader, self.config.train, Progress(), hooks)
+        return module
+
+    def _fit(self, module: PlaitModule) -> None:
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        self._loggers = make_loggers(self.folder, module.progress.step)
+        with self._stop_at_next_step():
+            fit(module, self._loggers)
+
+    def _log(self, metrics: dict[str, float], step: int) -> None:
+        for logger in self._loggers:
+            logger.log_metrics(metrics, step)
+
+    def _validate(self, bench: Workbench) -> float | None:
+        samples = bench.data.validation
+        return per_token(nll(bench.built.model, bench.reader, samples)) if samples else None
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def _keep_best(self, built: Built, step: int) -> None:
+        checkpoint.save(self._checkpoints / f"best-{step:06d}", built)
+
+    def _checkpoint(self, built: Built, module: PlaitModule, loader: Any, step: int) -> None:
+        for logger in self._loggers:
+            logger.save()
+        state = checkpoint.capture(
+            module.optimizer, step, loader=loader.state_dict(), progress=asdict(module.progress)
+        )
+        checkpoint.save(self._checkpoints / f"step-{step:06d}", built, state)
+        self._prune(module.progress.best_step)
+
+    def _prune(self, best_step: int) -> None:
+        steps = sorted(self._checkpoints.glob("step-*"))
+        best = [
+            path for path in self._checkpoints.glob("best-*")
+            if path.name != f"best-{best_step:06d}"
+        ]  # fmt: skip
+        for path in [*steps[: -self.config.train.keep_checkpoints], *best]:
+            checkpoint.delete(path)
+
+    def _resume(self, built: Built, module: PlaitModule, loader: Any) -> None:
+        """Go on from the newest checkpoint that is whole."""
+        for folder in sorted(self._checkpoints.glob("step-*"), reverse=True):
+            try:
+                state = checkpoint.load(folder, built)
+            except CheckpointError as error:
+                self.console.print(f"[yellow]warning:[/] {error}")
+                continue
+            if state is None:
+                continue
+            checkpoint.restore(state, module.optimizer)
+            loader.load_state_dict(state.extra["loader"])
+            module.progress = Progress(**state.extra["progress"])
+            self.console.print(f"resuming after step {state.step}")
+            return
+        # What a run that was killed before its first checkpoint wrote is done again.
+        loader.ledger.restore(empty_state())
+
+    @contextmanager
+    def _stop_at_next_step(self) -> Iterator[None]:
+        """The first Ctrl-C ends the run at the end of its step; a second one at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def request(number: int, frame: FrameType | None) -> None:
+            del number, frame
+            self._stop.set()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self.console.print("\nstopping at the end of this step; a checkpoint will be saved")
+
+        signal.signal(signal.SIGINT, request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def finish(
+        self, bench: Workbench, before: dict[str, Any], progress: Progress
+    ) -> dict[str, Any]:
+        """Measure the best weights on the test rows and write what the report reads."""
+        checkpoint.load(
+            self._checkpoints / f"best-{progress.best_step:06d}", bench.built, with_state=False
+        )
+        with self.phases("after"):
+            self.console.print("measuring the trained model on the test rows")
+            measured = bench.suite.measure(bench.data.test)
+            shown = self._shown(bench)
+            after = bench.suite.captions(shown)
+        before = dict(before)
+        write_json(self.folder / "captions.json", [
+            _caption_row(sample, old, new)
+            for sample, old, new in zip(shown, before.pop("captions"), after, strict=True)
+        ])  # fmt: skip
+        merge_losses(self.folder)
+        metrics = self._metrics(bench, before, measured, progress)
+        write_json(self.folder / "metrics.json", metrics)
+        return metrics
+
+    def _metrics(
+        self, bench: Workbench, before: dict[str, Any], after: Measured, progress: Progress
+    ) -> dict[str, Any]:
+        splits = bench.data.splits
+        test = asdict(after)
+        notes = [*test.pop("notes"), *splits.notes]
+        before.pop("notes")
+        seconds = {name: round(value, 2) for name, value in self.phases.seconds.items()}
+        return {
+            "name": self.config.name,
+            "test": test,
+            "before": before,
+            "best_step": progress.best_step,
+            "validation_nll": progress.best_nll,
+            "steps": progress.step,
+            "seconds": seconds | {"total": round(sum(self.phases.seconds.values()), 2)},
+            "memory_mb": {name: round(mb) for name, mb in self.phases.memory_mb.items()},
+            "peak_memory_mb": round(self.phases.peak_memory_mb),
+            "parameters": parameter_counts(bench.built.model),
+            "cached_encoders": sorted(bench.loading.caches),
+            "packed": bench.built.model.packs,
+            "data": {
+                "train": len(splits.train),
+                "validation": len(splits.validation),
+                "test": len(splits.test),
+                "moved": splits.moved,
+                "classes": bench.data.classes,
+            },
+            "notes": list(dict.fromkeys(notes)),
+            "config": plain(self.config),
+            "seed": self.config.seed,
+            "threads": torch.get_num_threads(),
+            "versions": {name: version(name) for name in VERSIONS},
+        }
+
+
+def _caption_row(sample: Sample, before: str, after: str) -> dict[str, Any]:
+    from plait.modalities import Text
+
+    media = sample.media()
+    answer = sample.messages[-1].parts
+    return {
+        "id": sample.id,
+        "picture": thumbnail(media[0].decode(), 160) if media else "",
+        "reference": "".join(part.text for part in answer if isinstance(part, Text)),
+        "before": before,
+        "after": after,
+        "label": sample.label,
+    }
+
+
+def train(config: RunConfig, console: Console) -> dict[str, Any] | None:
+    """Do what is left of a run; None where it is already finished.
+
+    Raises:
+        ConfigError: the folder holds a run with another recipe.
+    """
+    finished = config.folder / "metrics.json"
+    if finished.is_file():
+        if read_json(config.folder / "run.json") != plain(config):
+            raise ConfigError(
+                f"{config.folder} holds a finished run with another recipe; choose another run_dir "
+                "or add --fresh to delete it"
+            )
+        return None
+    return TrainingRun(config, console).execute()

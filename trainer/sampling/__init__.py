@@ -1,0 +1,1 @@
+"""Generating text from prompts that hold any media."""

@@ -1,0 +1,87 @@
+"""What a model is made of, as plain data: language model, encoders, adapter, what trains."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from plait.errors import ConfigError, UnknownNameError
+
+PARTS = ("language", "projector", "vision")
+"""The parts whose training can be switched on by name."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec:
+    """A low-rank adapter on the linear layers of the language model."""
+
+    rank: int = 16
+    """Rank of the two factors; more learns more and costs more."""
+
+    alpha: float = 32.0
+    """The adapter's output is scaled by alpha / rank."""
+
+    dropout: float = 0.0
+    """Dropout on the adapter's input, as a probability."""
+
+    targets: tuple[str, ...] = ("all-linear",)
+    """Names of the linear layers adapted; "all-linear" is every one but the output layer."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"lora.rank must be at least 1; it is {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout must be in [0, 1); it is {self.dropout}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec:
+    """One encoder and the projector that brings its features into the language model's space."""
+
+    name: str
+    """A registered encoder: built in, or of the entry-point group `plait.encoders`."""
+
+    weights: str | None = None
+    """A folder, a hub id, or `pip:<distribution>`; None for an encoder that needs none."""
+
+    grid: tuple[int, int] | None = None
+    """Pool each picture's features to this (height, width) in positions; None keeps them all."""
+
+    projector: str = "mlp"
+    """"linear" or "mlp"."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the encoder itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A language model, its encoders by medium, and what of it trains."""
+
+    language: str
+    """A folder, a hub id, or `pip:<distribution>`."""
+
+    encoders: Mapping[str, EncoderSpec] = field(default_factory=dict)
+    """One encoder per medium, for example `image`."""
+
+    template: str | None = None
+    """A chat template of one's own (Jinja) in place of the tokenizer's."""
+
+    lora: LoraSpec | None = field(default_factory=LoraSpec)
+    """The adapter that trains as part `language`; None trains the whole language model."""
+
+    train: tuple[str, ...] = ("language", "projector")
+    """The parts that train: of "language", "projector", "vision"."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of frozen weights and activations; what trains is kept in float32."""
+
+    def __post_init__(self) -> None:
+        for part in self.train:
+            if part not in PARTS:
+                raise UnknownNameError("part in model.train", part, PARTS)
+        if self.dtype not in DTYPES:
+            raise UnknownNameError("model.dtype", self.dtype, DTYPES)
+        if not self.train:
+            raise ConfigError("model.train names no part, so nothing would train; add a part")
