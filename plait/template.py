@@ -149,8 +149,9 @@ class _Writer:
     def _masked_spans(self) -> list[tuple[int, int]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        special = {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}
-        _, spans = render_jinja_template(
+        special: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
+        render: Any = render_jinja_template  # its annotations name fewer keywords than it takes
+        _, spans = render(
             conversations=[self.messages],
             chat_template=self.tokenizer.chat_template,
             return_assistant_tokens_mask=True,

@@ -204,6 +204,12 @@ def config_from(values: Mapping[str, Any]) -> RunConfig:
     return run
 
 
+def spec_from(values: Mapping[str, Any]) -> ModelSpec:
+    """A model specification from plain values, as a checkpoint's manifest holds it."""
+    run = config_from({"name": "model", "data": {"path": ""}, "model": dict(values)})
+    return run.model
+
+
 def plain(config: RunConfig) -> dict[str, Any]:
     """The run as nested plain values, ready for JSON and for `config_from`."""
     values = asdict(config)

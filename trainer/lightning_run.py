@@ -16,11 +16,10 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 from plait.datasets.assembly import Pack
 from plait.datasets.loader import Loader
-from plait.errors import ModelError
 from plait.stream import pack as join
 from plait.trainer.config import TrainConfig
 from plait.trainer.model import PlaitModel
-from plait.trainer.optimiser import make_optimizer, parameters_without_gradient, prepare_step
+from plait.trainer.optimiser import make_optimizer, prepare_step, refuse_untrained
 from plait.trainer.schedule import settings_at
 
 
@@ -92,7 +91,7 @@ class PlaitModule(lightning.LightningModule):
 
     def _step(self) -> None:
         if self.progress.step == 0:
-            self._refuse_untrained()
+            refuse_untrained(self.model)
         settings = settings_at(self.progress.step, self.config)
         metrics = prepare_step(self.model, self.optimizer, settings, self._weight)
         optimizer = self.optimizers()
@@ -137,15 +136,6 @@ class PlaitModule(lightning.LightningModule):
         else:
             progress.validations_since_best += 1
         return nll
-
-    def _refuse_untrained(self) -> None:
-        """Guarantee 5: what is marked trainable trains."""
-        idle = parameters_without_gradient(self.model)
-        if idle:
-            raise ModelError(
-                f"what is marked trainable must train: {len(idle)} parameters got no gradient in "
-                f"the first step, the first is {idle[0]}; freeze them or use what they belong to"
-            )
 
 
 @dataclass(slots=True)

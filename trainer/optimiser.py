@@ -81,6 +81,15 @@ def _norm(gradients: list[Tensor]) -> float:
     return float(torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])))
 
 
-def parameters_without_gradient(model: PlaitModel) -> list[str]:
-    """Names of trainable parameters that the last backward pass did not reach."""
-    return [name for _, name, parameter in model.trainable() if parameter.grad is None]
+def refuse_untrained(model: PlaitModel) -> None:
+    """Guarantee 5, after the first backward pass: what is marked trainable trains.
+
+    Raises:
+        ModelError: naming a trainable parameter that the pass did not reach.
+    """
+    idle = [name for _, name, parameter in model.trainable() if parameter.grad is None]
+    if idle:
+        raise ModelError(
+            f"what is marked trainable must train: {len(idle)} parameters got no gradient in the "
+            f"first step, the first is {idle[0]}; freeze them or use what they belong to"
+        )

@@ -6,18 +6,21 @@ are one interval, so no padding and no mask is needed. Shape letters: G key head
 buffer, T positions written now, D head size.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class _StretchLayer(CacheLayerMixin):
+class _StretchLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its subclass hook
     """Keys and values of one layer, written at the slots that the cache points to."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, owner: "StretchCache") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.owner = owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -61,6 +64,6 @@ class StretchCache(Cache):
     def copy_stretch(self, source: int, target: int, length: int) -> None:
         """Give sequence `target` the first `length` keys of sequence `source`."""
         a, b = int(self.base[source]), int(self.base[target])
-        for layer in self.layers:
+        for layer in cast(list[_StretchLayer], self.layers):
             layer.keys[:, :, b : b + length] = layer.keys[:, :, a : a + length]
             layer.values[:, :, b : b + length] = layer.values[:, :, a : a + length]

@@ -55,7 +55,8 @@ class Continuation:
             move[start:stop] = self.cache.base[sequence] - start
         self.cache.slots = own + move
         self.prompt_bounds = stream.bounds
-        visible = Intervals(*(stream.visible + move), own=own + move)
+        lo, hi = stream.visible + move
+        visible = Intervals(lo, hi, own=own + move)
         hidden, _ = self.model.hidden(stream, self.cache, visible)
         return hidden
 

@@ -1,0 +1,242 @@
+"""What travels between a user's loop and the engine, with the Tinker API's names.
+
+Plain data: no torch is loaded until a tensor is asked for.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plait.errors import ConfigError, DataError, UnknownNameError
+from plait.modalities import Image
+
+if TYPE_CHECKING:
+    import torch
+
+Dtype = Literal["float32", "int64"]
+
+LOSS_INPUTS: dict[str, Dtype] = {"target_tokens": "int64", "weights": "float32"}
+"""Inputs that the losses read, with their types."""
+
+
+@dataclass(frozen=True, eq=False)
+class TensorData:
+    """Numbers with a shape, on their way to or from the engine."""
+
+    data: NDArray[Any]
+    dtype: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", np.asarray(self.data, dtype=self.dtype))
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self.data.shape)
+
+    @classmethod
+    def from_numpy(cls, array: NDArray[Any]) -> Self:
+        return cls(array, "int64" if array.dtype.kind in "iu" else "float32")
+
+    @classmethod
+    def from_torch(cls, tensor: "torch.Tensor") -> Self:
+        whole = not tensor.dtype.is_floating_point
+        array = tensor.detach().cpu()
+        return cls((array if whole else array.float()).numpy(), "int64" if whole else "float32")
+
+    def to_numpy(self) -> NDArray[Any]:
+        return self.data
+
+    def to_torch(self) -> "torch.Tensor":
+        import torch
+
+        return torch.from_numpy(self.data.copy())
+
+    def tolist(self) -> list[Any]:
+        values: list[Any] = self.data.tolist()
+        return values
+
+
+@dataclass(frozen=True)
+class EncodedTextChunk:
+    """Token ids."""
+
+    tokens: Sequence[int]
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class ImageChunk:
+    """A picture: encoded bytes as in the Tinker API, or any `plait.Image`.
+
+    `expected_tokens` is advisory there and checked here where it is given; `length` needs it.
+    `TrainingClient.datum` fills it in.
+    """
+
+    data: bytes | Image
+    format: Literal["png", "jpeg"] | None = None
+    expected_tokens: int | None = None
+
+    @property
+    def image(self) -> Image:
+        return self.data if isinstance(self.data, Image) else Image(self.data)
+
+    @property
+    def length(self) -> int:
+        if self.expected_tokens is None:
+            raise ConfigError(
+                "the length of a picture is the model's to say: set expected_tokens, or make the "
+                "input with TrainingClient.datum"
+            )
+        return self.expected_tokens
+
+
+Chunk = EncodedTextChunk | ImageChunk
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """Chunks of text and media in the order in which the model reads them."""
+
+    chunks: Sequence[Chunk] = ()
+
+    @classmethod
+    def from_ints(cls, tokens: Sequence[int]) -> Self:
+        return cls((EncodedTextChunk(tuple(tokens)),))
+
+    @classmethod
+    def empty(cls) -> Self:
+        return cls(())
+
+    def append(self, chunk: Chunk) -> Self:
+        """A new input with `chunk` at its end."""
+        return type(self)((*self.chunks, chunk))
+
+    def append_int(self, token: int) -> Self:
+        """A new input with one more token at its end."""
+        return self.append(EncodedTextChunk((token,)))
+
+    @property
+    def length(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
+
+    def to_ints(self) -> list[int]:
+        """The token ids of an input without media."""
+        tokens: list[int] = []
+        for chunk in self.chunks:
+            if not isinstance(chunk, EncodedTextChunk):
+                raise ConfigError("an input with media is not only token ids; read its chunks")
+            tokens += chunk.tokens
+        return tokens
+
+
+@dataclass(frozen=True)
+class Datum:
+    """One training example: what is read, and what the loss needs at each position.
+
+    `loss_fn_inputs["target_tokens"][i]` is the token after position i; media positions have target
+    0 and weight 0. Lists and arrays are taken too.
+    """
+
+    model_input: ModelInput
+    loss_fn_inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        inputs = {}
+        for name, value in self.loss_fn_inputs.items():
+            if name not in LOSS_INPUTS:
+                raise UnknownNameError("loss input", name, LOSS_INPUTS)
+            inputs[name] = value if isinstance(value, TensorData) else _tensor(name, value)
+            if len(inputs[name].shape) != 1:
+                raise DataError(
+                    f"loss input {name!r} has one value per position; its shape is "
+                    f"{inputs[name].shape}"
+                )
+        object.__setattr__(self, "loss_fn_inputs", inputs)
+
+
+def _tensor(name: str, value: Any) -> TensorData:
+    if hasattr(value, "detach"):
+        return TensorData.from_torch(value)
+    return TensorData(np.asarray(value), LOSS_INPUTS[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamParams:
+    """One AdamW step, with the Tinker API's defaults.
+
+    `part_learning_rates` ("language", "projector", "vision") is Plait's: rates of parts that
+    should not use `learning_rate`.
+    """
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+    part_learning_rates: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to sample. `stop` takes token ids; None keeps the end token, () stops at nothing."""
+
+    max_tokens: int = 64
+    seed: int = 0
+    temperature: float = 1.0
+    stop: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class ForwardBackwardOutput:
+    """Outputs per datum, in the order of submission; metrics are named `name:reduction`."""
+
+    loss_fn_outputs: list[dict[str, TensorData]]
+    metrics: dict[str, float]
+    loss_fn_output_type: str = "ArrayRecord"
+
+
+@dataclass(frozen=True)
+class OptimStepResponse:
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class SaveWeightsResponse:
+    path: str
+
+
+@dataclass(frozen=True)
+class LoadWeightsResponse:
+    path: str
+
+
+@dataclass(frozen=True)
+class SampledSequence:
+    """Tokens, their logprobs under the raw distribution, and why it ended."""
+
+    stop_reason: Literal["stop", "length"]
+    tokens: list[int]
+    logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class SampleResponse:
+    sequences: list[SampledSequence]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a training client trains."""
+
+    base_model: str
+    is_lora: bool
+    lora_rank: int | None
+    trainable: dict[str, int]
+    """Trainable parameters of each part."""

@@ -1,0 +1,1 @@
+"""The engine behind the primitives: a controller that plans, an executor per rank that computes."""

@@ -1,0 +1,77 @@
+"""Commands and results between controller and executors: plain data that can be pickled.
+
+Shape letters: T positions of a document.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plait.stream import Document
+from plait.trainer.optimiser import StepSettings
+from plait.trainer.sampling.sampler import Generated, SamplerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBackward:
+    """Compute documents in the micro-batches planned: lists of indices into `documents`.
+
+    Without `backward` nothing is added to the gradients, and logprobs are given at every text
+    position, not only where there is a weight.
+    """
+
+    documents: list[Document]
+    micro_batches: list[list[int]]
+    backward: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentResult:
+    """One document's logprobs (T,), 0 where none was computed, its loss and its weight."""
+
+    logprobs: NDArray[np.float32]
+    loss: float
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class OptimStep:
+    """Apply the summed gradients, divided by their summed weights where asked, and clear them."""
+
+    settings: StepSettings
+    divide_by_weight: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Continue one prompt `samples` times with the weights of `snapshot`, or the present ones."""
+
+    prompt: Document
+    settings: SamplerSettings
+    samples: int = 1
+    snapshot: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TakeSnapshot:
+    """Keep an immutable copy of the present weights; the result is its number."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveState:
+    folder: Path
+    """Weights, optimiser, pending gradients and random state go here."""
+
+    weights_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LoadState:
+    folder: Path
+    with_optimizer: bool = False
+
+
+Command = ForwardBackward | OptimStep | Sample | TakeSnapshot | SaveState | LoadState
+Result = list[DocumentResult] | dict[str, float] | list[Generated] | int | None

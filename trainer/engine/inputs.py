@@ -1,0 +1,94 @@
+"""Documents from explicit tokens and media, and back: the form in which loops send their data."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from plait.errors import DataError, Origin
+from plait.modalities import MediaPart
+from plait.stream import Document, Item, Layout, Span
+
+Piece = Sequence[int] | MediaPart
+
+
+def document_from(
+    pieces: Sequence[Piece],
+    layout: Layout,
+    targets: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
+    origin: Origin | None = None,
+) -> Document:
+    """A document whose tokens are given; media take the positions that their headers plan.
+
+    Args:
+        targets, weights: One value per position; without targets nothing is learned.
+
+    Raises:
+        DataError: a length is wrong, a media position carries weight, or nothing is there.
+    """
+    origin = origin or Origin()
+    ids: list[int] = []
+    spans: list[Span] = []
+    items: list[Item] = []
+    for piece in pieces:
+        if not isinstance(piece, MediaPart):
+            ids += [int(token) for token in piece]
+            continue
+        plan = layout.plan(piece, origin)
+        group = len(items) if plan.bidirectional else None
+        spans.append(Span(len(ids), plan.length, plan.encoder, len(items), 0, group))
+        items.append(Item(piece, plan, 0, origin))
+        ids += [layout.placeholder_id] * plan.length
+    length = len(ids)
+    token_ids = np.array(ids, dtype=np.int64)
+    document = Document(
+        token_ids=token_ids,
+        targets=np.array(_sized("target_tokens", targets, length, 0, origin), dtype=np.int64),
+        weights=np.array(_sized("weights", weights, length, 0.0, origin), dtype=np.float32),
+        positions=layout.positions(token_ids, spans, [item.plan for item in items]),
+        spans=tuple(spans),
+        items=tuple(items),
+        origin=origin,
+    )
+    _check(document)
+    return document
+
+
+def _sized(
+    name: str, values: Sequence[float] | None, length: int, default: float, origin: Origin
+) -> Sequence[float]:
+    if values is None:
+        return [default] * length
+    if len(values) != length:
+        raise DataError(
+            f"{name} needs one value per position: the input has {length} and it has "
+            f"{len(values)}; a picture takes as many as TrainingClient.datum says",
+            origin,
+        )
+    return values
+
+
+def _check(document: Document) -> None:
+    if not document.length:
+        raise DataError("an input needs at least one position; this one is empty", document.origin)
+    for span in document.spans:
+        # The position before a text is the media's last: it may predict the text's first token.
+        if (document.weights[span.start : span.stop - 1] != 0).any():
+            raise DataError(
+                "a position whose next one is media cannot be learned; give it weight 0",
+                document.origin,
+            )
+
+
+def pieces_of(document: Document) -> Iterator[tuple[list[int] | MediaPart, int]]:
+    """The token runs and media of a document, in order, each with its number of positions."""
+    at = 0
+    for span in document.spans:
+        if span.start > at:
+            run = document.token_ids[at : span.start].tolist()
+            yield run, len(run)
+        yield document.items[span.item].part, span.length
+        at = span.stop
+    if at < document.length:
+        run = document.token_ids[at:].tolist()
+        yield run, len(run)
