@@ -78,44 +78,39 @@ class GridPool:
 
 
 class Linear(nn.Module):
-    """One affine map; features of unit variance come out at the embeddings' spread."""
-
-    scale: Tensor
+    """One affine map; features of unit variance come out with the spread of word embeddings."""
 
     def __init__(
         self, inputs: int, outputs: int, embedding_std: float, generator: torch.Generator
     ) -> None:
         super().__init__()
-        self.linear = _unit_linear(inputs, outputs, 1.0, generator)
-        self.register_buffer("scale", torch.tensor(embedding_std))
+        self.linear = _linear(inputs, outputs, 1.0, embedding_std, generator)
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, inputs) -> (N, outputs)."""
-        projected: Tensor = self.linear(features) * self.scale
+        projected: Tensor = self.linear(features)
         return projected
 
 
 class Mlp(nn.Module):
     """LayerNorm, Linear, GELU, Linear; its output starts with the spread of word embeddings.
 
-    The spread is a fixed factor and not small weights: optimisers such as Adam move each weight by
-    the learning rate, whatever its size, and would leave small weights within a few steps.
+    The spread lies in the last layer's weights, not in a fixed factor: Adam moves each weight by
+    about the learning rate, so small weights let the output find the model's space within tens of
+    steps, where a factor would scale the movement down with the output.
     """
-
-    scale: Tensor
 
     def __init__(
         self, inputs: int, outputs: int, embedding_std: float, generator: torch.Generator
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(inputs)
-        self.widen = _unit_linear(inputs, outputs, 1.0, generator)
-        self.out = _unit_linear(outputs, outputs, _GELU_SECOND_MOMENT, generator)
-        self.register_buffer("scale", torch.tensor(embedding_std))
+        self.widen = _linear(inputs, outputs, 1.0, 1.0, generator)
+        self.out = _linear(outputs, outputs, _GELU_SECOND_MOMENT, embedding_std, generator)
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, inputs) -> (N, outputs)."""
-        projected: Tensor = self.out(F.gelu(self.widen(self.norm(features)))) * self.scale
+        projected: Tensor = self.out(F.gelu(self.widen(self.norm(features))))
         return projected
 
 
@@ -141,12 +136,13 @@ class Identity(nn.Module):
         return features
 
 
-def _unit_linear(
-    inputs: int, outputs: int, second_moment: float, generator: torch.Generator
+def _linear(
+    inputs: int, outputs: int, second_moment: float, std: float, generator: torch.Generator
 ) -> nn.Linear:
-    """A layer whose output has unit variance when its inputs have this second moment."""
+    """A layer whose output has this spread when its inputs have this second moment."""
     layer = nn.Linear(inputs, outputs)
-    nn.init.normal_(layer.weight, std=1 / math.sqrt(inputs * second_moment), generator=generator)
+    spread = std / math.sqrt(inputs * second_moment)
+    nn.init.normal_(layer.weight, std=spread, generator=generator)
     nn.init.zeros_(layer.bias)
     return layer
 

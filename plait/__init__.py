@@ -31,6 +31,9 @@ _HOMES = {
     "Text": "plait.modalities",
     "Image": "plait.modalities",
     "PlaitError": "plait.errors",
+    "EncoderSpec": "plait.trainer.spec",
+    "LoraSpec": "plait.trainer.spec",
+    "ModelSpec": "plait.trainer.spec",
     "AdamParams": "plait.types",
     "Datum": "plait.types",
     "EncodedTextChunk": "plait.types",
@@ -54,6 +57,9 @@ if TYPE_CHECKING:
     from plait.modalities import Text as Text
     from plait.stream import Message as Message
     from plait.stream import Sample as Sample
+    from plait.trainer.spec import EncoderSpec as EncoderSpec
+    from plait.trainer.spec import LoraSpec as LoraSpec
+    from plait.trainer.spec import ModelSpec as ModelSpec
     from plait.types import AdamParams as AdamParams
     from plait.types import Datum as Datum
     from plait.types import EncodedTextChunk as EncodedTextChunk

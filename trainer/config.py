@@ -232,7 +232,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"{key} cannot be set: {section} is a value, not a section")
         values = inner
-    values[last] = yaml.safe_load(text)
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {key} must be YAML; quote it: {text!r} is not") from error
 
 
 def _refuse_unknown(kind: type[Any], values: Any, where: str) -> None:

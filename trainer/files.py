@@ -23,6 +23,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     aside = target.with_name(_ASIDE + target.name)
     try:
+        put_back(target)
         if aside.exists():
             shutil.rmtree(aside)
         aside.mkdir(parents=True)
@@ -41,13 +42,36 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def _replace(target: Path, aside: Path) -> None:
-    old = target.with_name(f"{_ASIDE}old-{target.name}")
+    old = _old(target)
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
     aside.rename(target)
     sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f"{_ASIDE}old-{target.name}")
+
+
+def put_back(target: Path) -> None:
+    """Give `target` its old content again where a kill came between the two renames."""
+    if not target.exists() and _old(target).is_dir():
+        _old(target).rename(target)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What others write at `path`: their failure is one of ours.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}; free some space") from error
 
 
 def is_write_failure(error: BaseException) -> bool:
@@ -85,7 +109,9 @@ def sync(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what interrupted writes left in `folder`."""
+    """Delete what interrupted writes left in `folder`; what they meant to replace stays."""
+    for path in folder.glob(f"{_ASIDE}old-*"):
+        put_back(path.with_name(path.name.removeprefix(f"{_ASIDE}old-")))
     for path in folder.glob(f"{_ASIDE}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

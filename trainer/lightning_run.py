@@ -65,9 +65,15 @@ class PlaitModule(lightning.LightningModule):
         self.loader, self.config = loader, config
         self.progress, self.hooks = progress, hooks
         self.optimizer = make_optimizer(model)
-        self.stopped_early = False
         self._loss = self._weight = 0.0
         self._packs = self._positions = 0
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is left to do; a resumed run knows it from the checkpoint."""
+        patience = self.config.patience
+        impatient = patience is not None and self.progress.validations_since_best >= patience
+        return impatient or self.progress.step >= self.config.steps
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer
@@ -112,16 +118,13 @@ class PlaitModule(lightning.LightningModule):
 
     def _after_step(self, metrics: dict[str, float]) -> None:
         step, last = self.progress.step, self.progress.step == self.config.steps
-        stop = self.hooks.stop_requested()
         if step % self.config.validate_every == 0 or last:
             validation = self._validate()
             if validation is not None:
                 metrics["validation_nll"] = validation
         self.hooks.log(metrics, step)
-        patience = self.config.patience
-        if patience is not None and self.progress.validations_since_best >= patience:
-            self.stopped_early = stop = True
-        if step % self.config.checkpoint_every == 0 or last or stop:
+        stop = self.finished or self.hooks.stop_requested()
+        if step % self.config.checkpoint_every == 0 or stop:
             self.hooks.checkpoint(step)
         self.trainer.should_stop = stop
 

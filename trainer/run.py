@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -34,13 +34,13 @@ from plait.trainer.config import RunConfig, plain
 from plait.trainer.data import open_data
 from plait.trainer.evaluation.nll import nll, per_token
 from plait.trainer.evaluation.suite import Measured
-from plait.trainer.files import remove_leftovers, write_json
+from plait.trainer.files import remove_leftovers, write_json, writing
 from plait.trainer.lightning_run import Hooks, PlaitModule, Progress, fit
 from plait.trainer.phases import Phases
 from plait.trainer.progress import bar
 from plait.trainer.reports.pages import thumbnail
 from plait.trainer.rundir import claim, read_json
-from plait.trainer.runlog import make_loggers, merge_losses
+from plait.trainer.runlog import LossTable, make_loggers
 from plait.trainer.workbench import Workbench
 
 VERSIONS = ("plait", "torch", "transformers", "peft", "lightning", "tokenizers", "numpy", "pillow")
@@ -54,6 +54,7 @@ class TrainingRun:
         self.folder = config.folder
         self.phases = Phases()
         self._stop = threading.Event()
+        self._losses = LossTable(self.folder / "losses.csv")
 
     def execute(self) -> dict[str, Any]:
         """Raises:
@@ -126,13 +127,17 @@ class TrainingRun:
         return [test[i * len(test) // count] for i in range(count)]
 
     def train(self, bench: Workbench) -> Progress:
-        with self.phases("train"), bench.loader(Ledger(self.folder / "ledger.jsonl")) as loader:
+        with (
+            self.phases("train"),
+            closing(Ledger(self.folder / "ledger.jsonl")) as ledger,
+            bench.loader(ledger) as loader,
+        ):
             module = self._module(bench, loader)
             self._resume(bench.built, module, loader)
-            if module.progress.step < self.config.train.steps:
+            if not module.finished:
                 self._fit(module)
         progress = module.progress
-        if self._stop.is_set() and progress.step < self.config.train.steps:
+        if not module.finished:
             raise Interrupted(
                 f"stopped after step {progress.step} of {self.config.train.steps}, which is saved "
                 f"in {self.folder}; run the same command again to go on from there"
@@ -157,8 +162,10 @@ class TrainingRun:
             fit(module, self._loggers)
 
     def _log(self, metrics: dict[str, float], step: int) -> None:
-        for logger in self._loggers:
-            logger.log_metrics(metrics, step)
+        self._losses.append(metrics, step)
+        with writing(self.folder / "logs"):
+            for logger in self._loggers:
+                logger.log_metrics(metrics, step)
 
     def _validate(self, bench: Workbench) -> float | None:
         samples = bench.data.validation
@@ -172,10 +179,15 @@ class TrainingRun:
         checkpoint.save(self._checkpoints / f"best-{step:06d}", built)
 
     def _checkpoint(self, built: Built, module: PlaitModule, loader: Any, step: int) -> None:
-        for logger in self._loggers:
-            logger.save()
+        with writing(self.folder / "logs"):
+            for logger in self._loggers:
+                logger.save()
         state = checkpoint.capture(
-            module.optimizer, step, loader=loader.state_dict(), progress=asdict(module.progress)
+            module.optimizer,
+            step,
+            loader=loader.state_dict(),
+            progress=asdict(module.progress),
+            losses=self._losses.state(),
         )
         checkpoint.save(self._checkpoints / f"step-{step:06d}", built, state)
         self._prune(module.progress.best_step)
@@ -201,11 +213,15 @@ class TrainingRun:
                 continue
             checkpoint.restore(state, module.optimizer)
             loader.load_state_dict(state.extra["loader"])
+            self._losses.restore(state.extra["losses"])
             module.progress = Progress(**state.extra["progress"])
             self.console.print(f"resuming after step {state.step}")
             return
-        # What a run that was killed before its first checkpoint wrote is done again.
+        # What a run that was killed before its first checkpoint wrote is done again. Dropout draws
+        # from torch's own generator, which must not depend on what was computed before.
+        torch.manual_seed(self.config.seed)
         loader.ledger.restore(empty_state())
+        self._losses.restore(0)
 
     @contextmanager
     def _stop_at_next_step(self) -> Iterator[None]:
@@ -244,7 +260,6 @@ class TrainingRun:
             _caption_row(sample, old, new)
             for sample, old, new in zip(shown, before.pop("captions"), after, strict=True)
         ])  # fmt: skip
-        merge_losses(self.folder)
         metrics = self._metrics(bench, before, measured, progress)
         write_json(self.folder / "metrics.json", metrics)
         return metrics

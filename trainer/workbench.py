@@ -8,7 +8,7 @@ from plait.datasets.executor import Executor
 from plait.datasets.fetch import home
 from plait.datasets.ledger import Ledger
 from plait.datasets.loader import Loader
-from plait.datasets.planning import Measured, measure, positions_by_medium
+from plait.datasets.planning import Measured, measure, positions_by_medium, screen
 from plait.datasets.policy import FailurePolicy
 from plait.datasets.settings import LoaderSettings
 from plait.encoders.feature_cache import FeatureCache
@@ -95,6 +95,17 @@ class Workbench:
             indices=self.data.splits.train,
             policy=self.policy,
             workers=0,
+        )
+
+    @property
+    def screened(self) -> Measured:
+        """The measured rows without those that no pack can hold."""
+        train = self.config.train
+        return screen(
+            self.measured,
+            capacity=train.capacity,
+            max_documents=train.max_documents,
+            policy=self.policy,
         )
 
     def loader(self, ledger: Ledger | None = None) -> Loader:

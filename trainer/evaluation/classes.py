@@ -51,18 +51,19 @@ def _scores(
     model: PlaitModel, layout: Layout, prompts: Sequence[Any], names: Sequence[list[int]]
 ) -> torch.Tensor:
     """(prompts, classes) summed logprobs."""
-    room = max(len(name) for name in names)
     documents, inputs = zip(*prompts, strict=True)
     copies = [len(names)] * len(prompts)
+    room = max(len(name) for name in names)
     continuation = Continuation(model, layout, documents, inputs, copies, room)
     tokens = [name for _ in prompts for name in names]
-    targets = torch.tensor([token for name in tokens for token in name])
-    hidden = continuation.push(tokens, range(len(tokens)))
-    # What predicts a name's first token is the prompt's end; the others follow their predecessor.
-    starts = torch.tensor([0] + [len(name) for name in tokens[:-1]]).cumsum(0)
-    before = hidden.roll(1, 0)
-    before[starts] = continuation.last_hidden()
-    logprobs = model.logprobs_at(before, targets.to(model.device)).cpu()
-    rows = torch.arange(len(tokens)).repeat_interleave(torch.tensor([len(n) for n in tokens]))
-    scores = torch.zeros(len(tokens)).index_add(0, rows, logprobs)
+    # A name's first token is predicted by the prompt's end, each other by the token before it; the
+    # last token predicts nothing that is asked.
+    pushed = [name[:-1] for name in tokens]
+    longer = [row for row, name in enumerate(pushed) if name]
+    hidden = continuation.push([pushed[row] for row in longer], longer)
+    before = torch.cat([continuation.last_hidden(), hidden])
+    targets = [name[0] for name in tokens] + [t for name in tokens for t in name[1:]]
+    rows = list(range(len(tokens))) + [row for row, name in enumerate(pushed) for _ in name]
+    logprobs = model.logprobs_at(before, torch.tensor(targets).to(model.device)).cpu()
+    scores = torch.zeros(len(tokens)).index_add(0, torch.tensor(rows), logprobs)
     return scores.view(len(prompts), len(names))

@@ -1,0 +1,115 @@
+"""`plait info`: what is installed and cached here, or what a path holds."""
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from plait.datasets.fetch import home, source_names
+from plait.datasets.fetch.folders import size_of
+from plait.datasets.records import open_records
+from plait.encoders import registry
+from plait.errors import ConfigError
+from plait.trainer.run import VERSIONS
+
+
+def print_info(path: str | None, console: Console) -> None:
+    """Print facts about this installation, a run, a checkpoint or a dataset.
+
+    Raises:
+        ConfigError, DataError: the path holds none of these.
+    """
+    if path is None:
+        _installation(console)
+        return
+    folder = Path(path)
+    if not folder.exists():
+        raise ConfigError(f"there is nothing at {path}; name a run, a checkpoint or a dataset")
+    if (folder / "metrics.json").is_file() or (folder / "run.json").is_file():
+        _run(folder, console)
+    elif (folder / "manifest.json").is_file():
+        _checkpoint(folder, console)
+    else:
+        _dataset(folder, console)
+
+
+def _facts(title: str, rows: dict[str, str], console: Console) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for key, value in rows.items():
+        table.add_row(key, value)
+    console.print(table)
+
+
+def _installation(console: Console) -> None:
+    import torch
+
+    versions = {name: _version(name) for name in VERSIONS}
+    devices = torch.cuda.device_count()
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(devices)) or "none"
+    _facts("versions", versions, console)
+    folder = home()
+    sizes = {
+        sub.name: f"{size_of(sub) / 1e6:.0f} MB" for sub in sorted(folder.glob("*")) if sub.is_dir()
+    }
+    _facts(
+        "this machine",
+        {
+            "threads": str(torch.get_num_threads()),
+            "GPUs": names,
+            "$PLAIT_HOME": str(folder),
+            **{f"  {name}": size for name, size in sizes.items()},
+            "sources for plait fetch": ", ".join(source_names()),
+            "encoders": ", ".join(registry.names()),
+        },
+        console,
+    )
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _run(folder: Path, console: Console) -> None:
+    file = folder / "metrics.json"
+    config = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    steps = sorted((folder / "checkpoints").glob("step-*"))
+    rows = {
+        "recipe": config["name"],
+        "data": config["data"]["path"],
+        "language model": config["model"]["language"],
+        "newest checkpoint": steps[-1].name if steps else "none",
+        "finished": "yes" if file.is_file() else "no",
+    }
+    _facts(str(folder), rows, console)
+    if file.is_file():
+        from plait.trainer.summary import print_metrics
+
+        print_metrics(json.loads(file.read_text(encoding="utf-8")), console)
+
+
+def _checkpoint(folder: Path, console: Console) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    spec = manifest.get("spec", {})
+    rows = {
+        "language model": str(spec.get("language")),
+        "step": str(manifest.get("step")),
+        "trained parts": ", ".join(spec.get("train", [])),
+        "files": ", ".join(manifest.get("files", {})),
+    }
+    _facts(str(folder), rows, console)
+
+
+def _dataset(path: Path, console: Console) -> None:
+    records = open_records(path)
+    labels = {sample.label for sample in records if sample.label}
+    reasons: dict[str, int] = {}
+    for left in records.left_out:
+        reasons[left.reason] = reasons.get(left.reason, 0) + 1
+    rows = {"dialect": records.dialect, "rows": str(len(records)), "classes": str(len(labels))}
+    rows |= {f"left out: {reason}": str(count) for reason, count in reasons.items()}
+    _facts(str(path), rows, console)

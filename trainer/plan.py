@@ -1,0 +1,152 @@
+"""`plait plan`: what a training would do and need, before it starts.
+
+Counts come from headers and texts alone. Memory is predicted by rehearsal: the largest pack is
+computed and stepped once, the longest evaluation stream once, and one batch of pictures encoded;
+what only grows during a run (cached features) is added by arithmetic.
+"""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from plait.datasets.planning import PlanSummary, plan_epoch, summarise
+from plait.errors import DataError
+from plait.stream import Item
+from plait.stream import pack as join
+from plait.trainer.build import build, parameter_counts
+from plait.trainer.config import RunConfig
+from plait.trainer.data import open_data
+from plait.trainer.loading import BATCH
+from plait.trainer.optimiser import make_optimizer, prepare_step
+from plait.trainer.phases import Phases
+from plait.trainer.schedule import settings_at
+from plait.trainer.workbench import Workbench
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """What `plait plan` prints. Memory is in MB (10^6 bytes) of resident memory."""
+
+    rows: PlanSummary
+    held_out: dict[str, int]
+    steps: int
+    packs_per_step: int
+    parameters: dict[str, dict[str, int]]
+    predicted_peak_mb: float
+    feature_cache_mb: float
+
+
+def plan(config: RunConfig) -> TrainingPlan:
+    """Load the model, read every header, and rehearse the largest pack.
+
+    Raises:
+        PlaitError: whatever would stop the training before its first step.
+    """
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    phases = Phases()
+    importlib.import_module("lightning")  # its memory counts, and a run needs it
+    with phases("load"):
+        bench = Workbench(config, build(config.model, config.seed), open_data(config.data))
+    summary, packs = _packs(bench)
+    items = bench.items_to_cache()
+    with phases("features"):
+        _encode_largest(bench, items)
+    with phases("evaluation"):
+        samples = (bench.data.test or bench.data.samples(bench.data.splits.train[:1]))[:64]
+        bench.suite.measure(samples)
+    with phases("train"):
+        _rehearse(bench, packs)
+    cache_mb = _cache_mb(bench, items)
+    splits = bench.data.splits
+    return TrainingPlan(
+        rows=summary,
+        held_out={"validation": len(splits.validation), "test": len(splits.test)},
+        steps=config.train.steps,
+        packs_per_step=config.train.accumulate,
+        parameters=parameter_counts(bench.built.model),
+        predicted_peak_mb=phases.peak_memory_mb + cache_mb,
+        feature_cache_mb=cache_mb,
+    )
+
+
+def _packs(bench: Workbench) -> tuple[PlanSummary, list[tuple[int, ...]]]:
+    """The first epoch's packs, as places among the measured rows."""
+    settings, measured = bench.loader_settings, bench.screened
+    if not measured.rows:
+        raise DataError("a training needs a usable row and this dataset has none")
+    packs = plan_epoch(
+        measured.lengths,
+        seed=settings.seed,
+        epoch=0,
+        capacity=settings.capacity,
+        max_documents=settings.max_documents,
+        groups=measured.groups,
+    )
+    return summarise(measured, packs, capacity=settings.capacity), packs
+
+
+def _encode_largest(bench: Workbench, items: Sequence[Item]) -> None:
+    """Decode and encode the largest pictures together, as the features phase does."""
+    largest = sorted(items, key=lambda item: item.plan.length)[-BATCH:]
+    for name in dict.fromkeys(item.plan.encoder for item in largest):
+        mine = [item for item in largest if item.plan.encoder == name]
+        inputs = [bench.loading.decode(item).inputs or {} for item in mine]
+        bench.encoders[name].features(inputs)
+
+
+def _rehearse(bench: Workbench, packs: Sequence[tuple[int, ...]]) -> None:
+    """One optimiser step on the largest pack, on weights that are thrown away."""
+    rows = bench.screened.rows
+    largest = max(packs, key=lambda pack: sum(rows[place].length for place in pack))
+    documents = [bench.render(bench.data.records[rows[place].row]) for place in largest]
+    inputs = [[bench.loading(item) for item in document.items] for document in documents]
+    model = bench.built.model.train()
+    optimizer = make_optimizer(model)
+    for _ in range(2):  # the second finds the optimiser's state allocated
+        sums = model.compute(join(documents, inputs))
+        sums.loss.backward()  # type: ignore[no-untyped-call]
+        prepare_step(model, optimizer, settings_at(0, bench.config.train), sums.weight)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _cache_mb(bench: Workbench, items: Sequence[Item]) -> float:
+    """Features that will be held in memory once all are computed, up to the bound."""
+    total = 0.0
+    for item in items:
+        encoder = bench.encoders[item.plan.encoder]
+        total += item.plan.length * encoder.encoder.width * encoder.encoder.dtype.itemsize
+    return min(total / 1e6, float(bench.config.train.cache_memory_mb))
+
+
+def print_plan(found: TrainingPlan, console: Console) -> None:
+    """The plan as tables for a terminal."""
+    rows, table = found.rows, Table(title="rows", title_justify="left")
+    for column in ("dataset", "train", *found.held_out):
+        table.add_column(column)
+    for name, count in rows.samples.items():
+        table.add_row(name, str(count), *(str(held) for held in found.held_out.values()))
+    console.print(table)
+    packing = Table(title="packs", title_justify="left", show_header=False)
+    for medium, positions in rows.positions.items():
+        packing.add_row(f"positions of {medium}", f"{positions:,}")
+    packing.add_row("packs an epoch", str(rows.packs))
+    packing.add_row("fill of a pack", f"{rows.fill:.3f} of {rows.capacity} positions")
+    packing.add_row("largest pack", f"{rows.largest_pack} positions")
+    epochs = found.steps * found.packs_per_step / max(1, rows.packs)
+    packing.add_row("steps", f"{found.steps} ({epochs:.1f} epochs)")
+    console.print(packing)
+    parts = Table(title="parameters", title_justify="left")
+    for column in ("part", "trainable", "frozen"):
+        parts.add_column(column, justify="left" if column == "part" else "right")
+    for part, counts in found.parameters.items():
+        parts.add_row(part, f"{counts['trainable']:,}", f"{counts['frozen']:,}")
+    console.print(parts)
+    console.print(f"predicted peak memory: {found.predicted_peak_mb:.0f} MB")
+    for status, reasons in rows.reasons().items():
+        for reason, count in reasons.items():
+            console.print(f"[yellow]{status}:[/] {count} rows: {reason}")
