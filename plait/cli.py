@@ -64,7 +64,6 @@ def _quiet_libraries() -> None:
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", module=r"lightning|transformers|torch|torchvision")
 
@@ -102,7 +101,7 @@ def _add_fetch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = _command(
         commands, "fetch", _fetch, "Bring a recipe's weights and data to $PLAIT_HOME, checked."
     )
-    parser.add_argument("source", help="what to bring, for example: stamps")
+    parser.add_argument("source", help="what to bring: stamps, or a source file of yours (.yaml)")
 
 
 def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -27,6 +27,7 @@ from plait.trainer.config import spec_from
 from plait.trainer.engine import commands
 from plait.trainer.engine.controller import Engine, EngineSettings
 from plait.trainer.engine.inputs import document_from, pieces_of
+from plait.trainer.files import put_back
 from plait.trainer.losses import LOSSES
 from plait.trainer.optimiser import StepSettings
 from plait.trainer.sampling.sampler import SamplerSettings
@@ -199,6 +200,7 @@ def weights_folder(path: str, root: Path) -> Path:
                 f"{SCHEME}<run>/sampler_weights/<name>; got {path}"
             )
         folder = root.joinpath(*parts)
+        put_back(folder)
     else:
         folder = Path(path)
         if (folder / "checkpoints").is_dir():

@@ -183,6 +183,12 @@ class MediaBatch:
 
     def check(self, encoded: Sequence[Encoded]) -> None:
         """Refuse features whose number is not the number of placeholders, naming the row."""
+        if len(encoded) != len(self.plans):
+            name = self.plans[0].encoder
+            raise ModelError(
+                f"encoder {name!r} must return features for each item: it was given "
+                f"{len(self.plans)} items and returned {len(encoded)}"
+            )
         for plan, origin, item in zip(self.plans, self.origins, encoded, strict=True):
             if len(item.embeddings) != plan.length:
                 raise DataError(
@@ -332,13 +338,14 @@ def render(
 
 
 def _unlearn_after_end_token(row: _Row, length: int, tokenizer: Any) -> None:
-    """What a template writes after the end-of-turn token (a newline) is not the model's to say."""
+    """Blank text that a template writes after the end-of-turn token is not the model's to say."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     tail = row.token_ids[len(row.token_ids) - length :]
     ends = [i for i, token in enumerate(tail) if token in special]
     if ends:
         after = length - 1 - ends[-1]
-        if after:
+        # Words there are the answer's own, after a mark inside it; the template ends no turn.
+        if after and not tokenizer.decode(tail[-after:]).strip():
             row.weights[-after:] = [0.0] * after
 
 
@@ -407,11 +414,22 @@ def pack(documents: Sequence[Document], inputs: Sequence[Sequence[ItemInputs]]) 
     """Join documents into one row; `inputs[d][i]` is the loaded item i of document d."""
     if not documents:
         raise ModelError("a stream needs at least one document; pack() was given none")
+    if len(inputs) != len(documents):
+        raise ModelError(
+            f"pack() needs the inputs of every document: it was given {len(documents)} documents "
+            f"and the inputs of {len(inputs)}"
+        )
     starts = np.cumsum([0] + [document.length for document in documents])
     visible = [d.visible() + start for d, start in zip(documents, starts, strict=False)]
     ranks = {document.positions.ndim for document in documents}
     if len(ranks) > 1:
         raise ModelError("documents of one stream need positions of one rank: (T,) or (3, T)")
+    names = {tuple(sorted(document.loss_inputs)) for document in documents}
+    if len(names) > 1:
+        raise ModelError(
+            "documents of one stream need the same loss inputs; these have "
+            + " and ".join(", ".join(some) or "none" for some in sorted(names))
+        )
     return TokenStream(
         token_ids=_joined([d.token_ids for d in documents]),
         targets=_joined([d.targets for d in documents]),

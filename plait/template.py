@@ -8,7 +8,7 @@ A template for which neither holds is refused.
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from plait.errors import RenderError
@@ -45,9 +45,9 @@ def written_pieces(sample: Sample, tokenizer: Any, for_generation: bool) -> Iter
         return
     writer = _Writer(sample, tokenizer)
     whole = writer.write(sample.messages, prompt=for_generation)
-    learned = [] if for_generation else writer.learned(whole)
     start = 0
-    for span in learned:
+    # A prompt is cut at earlier answers too: the same text must become the same tokens.
+    for span in writer.answers(whole) if for_generation else writer.learned(whole):
         yield from writer.split(whole[start : span.start], 0.0)
         pieces = list(writer.split(whole[span.start : span.stop], span.weight))
         for number, piece in enumerate(pieces):
@@ -68,12 +68,21 @@ def _bare_pieces(sample: Sample, tokenizer: Any, for_generation: bool) -> Iterat
         yield Piece(tokenizer.eos_token, weight=1.0)
 
 
+def _template_of(tokenizer: Any) -> str:
+    """The template that a conversation without tools is written with, "" where there is none."""
+    if not tokenizer.chat_template:
+        return ""
+    template: str = tokenizer.get_chat_template()
+    return template
+
+
 class _Writer:
     """Writes prefixes of one conversation, with a mark of its own for each media part."""
 
     def __init__(self, sample: Sample, tokenizer: Any) -> None:
         self.sample, self.tokenizer = sample, tokenizer
-        if not tokenizer.chat_template:
+        self.template = _template_of(tokenizer)
+        if not self.template:
             raise RenderError(
                 "messages need a chat template and this tokenizer has none; set `template` in the "
                 "model's configuration",
@@ -118,7 +127,7 @@ class _Writer:
 
     def learned(self, whole: str) -> list[_Learned]:
         """The characters that assistant turns say, in order."""
-        masked = self._masked_spans() if _HAS_MASK.search(self.tokenizer.chat_template) else None
+        masked = self._masked_spans() if _HAS_MASK.search(self.template) else None
         found = []
         for number, message in enumerate(self.sample.messages):
             if message.role != "assistant":
@@ -131,6 +140,13 @@ class _Writer:
             found.append(_Learned(start, inside[0][0] if inside else stop, 0.0, masked=True))
             found += [_Learned(a, b, message.weight, masked=True) for a, b in inside]
         return [span for span in found if span.stop > span.start]
+
+    def answers(self, whole: str) -> list[_Learned]:
+        """As `learned`, with weight 0; a prompt that cannot be labelled is not cut."""
+        try:
+            return [replace(span, weight=0.0) for span in self.learned(whole)]
+        except RenderError:
+            return []
 
     def _turn(self, number: int, whole: str) -> tuple[int, int]:
         """Where turn `number` is said: after its prompt, to the end of the prefix it closes."""
@@ -153,7 +169,7 @@ class _Writer:
         render: Any = render_jinja_template  # its annotations name fewer keywords than it takes
         _, spans = render(
             conversations=[self.messages],
-            chat_template=self.tokenizer.chat_template,
+            chat_template=self.template,
             return_assistant_tokens_mask=True,
             **special,
         )

@@ -5,6 +5,7 @@ import plait  # noqa: F401, I001  (must come first; see plait/__init__.py)
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -138,14 +139,12 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def tiny_recipe(
-    tmp_path: Path, tiny_language: Path, tiny_vision: Path, picture_folder: Path
-) -> Path:
-    """A recipe of twelve steps over the tiny models and the drawn pictures."""
-    recipe = {
+@pytest.fixture(scope="session")
+def tiny_values(tiny_language: Path, tiny_vision: Path, picture_folder: Path) -> dict[str, Any]:
+    """Twelve steps over the tiny models and the drawn pictures; copy it before a change."""
+    return {
         "name": "tiny",
-        "run_dir": str(tmp_path / "run"),
+        "run_dir": "run",
         "threads": 1,
         "data": {
             "path": str(picture_folder),
@@ -174,6 +173,12 @@ def tiny_recipe(
         },
         "evaluation": {"captions": 3},
     }
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path, tiny_values: dict[str, Any]) -> Path:
+    """`tiny_values` as a recipe, with a run folder of the test's own."""
     file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    values = tiny_values | {"run_dir": str(tmp_path / "run")}
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
     return file

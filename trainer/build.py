@@ -12,6 +12,7 @@ from torch import nn
 from plait.encoders import projectors, registry, weights
 from plait.encoders.layouts.plain import PlainLayout
 from plait.encoders.media_encoder import MediaEncoder
+from plait.encoders.quiet import without_loading_bars
 from plait.errors import ConfigError, ModelError
 from plait.stream import Layout
 from plait.trainer import attention
@@ -87,13 +88,14 @@ def load_language(folder: Path, dtype: str) -> Any:
 
     attention.register()
     try:
-        language = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attention.NAME,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+        with without_loading_bars():
+            language = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention.NAME,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{folder} holds no language model that loads from safetensors: "

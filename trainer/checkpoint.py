@@ -30,7 +30,7 @@ from torch import Tensor
 from plait.errors import CheckpointError
 from plait.trainer.build import Built
 from plait.trainer.files import new_folder, write_json
-from plait.trainer.lora import adapter_state, copy_exactly, load_adapter_state
+from plait.trainer.lora import adapter_state, check_exactly, copy
 
 FORMAT = 1
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
@@ -73,7 +73,7 @@ def save(folder: Path, built: Built, state: State | None = None) -> None:
             "versions": {name: version(name) for name in LIBRARIES},
             "files": files,
         }
-        write_json(aside / "manifest.json", manifest)
+        write_json(aside / "manifest.json", {**manifest, "sha256": _own_hash(manifest)})
 
 
 def load(folder: Path, built: Built, *, with_state: bool = True) -> State | None:
@@ -97,11 +97,11 @@ def load(folder: Path, built: Built, *, with_state: bool = True) -> State | None
             f"checkpoint {folder} cannot be read: {error}; use another one"
         ) from error
     _check_present(folder, built, tensors)
-    if built.lora is not None:
-        load_adapter_state(built.model.language, tensors["adapter_model.safetensors"])
-    elif "language" in built.spec.train:
-        copy_exactly(_language_state(built), tensors["language.safetensors"], "language model")
-    copy_exactly(_encoder_state(built), tensors["encoders.safetensors"], "encoders")
+    pairs = [(target, tensors[name], what) for name, (target, what) in _weight_files(built).items()]
+    for mine, saved, what in pairs:
+        check_exactly(mine, saved, what)
+    for mine, saved, _ in pairs:
+        copy(mine, saved)
     return state
 
 
@@ -113,7 +113,7 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
+        files, own = dict(manifest["files"]), manifest.pop("sha256", None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"a checkpoint must have a manifest.json; {folder} has none that can be read: {error}"
@@ -121,6 +121,11 @@ def verify(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"checkpoint {folder} has format {manifest.get('format')}; this version reads {FORMAT}"
+        )
+    if own != _own_hash(manifest):
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged: manifest.json is not what was saved; use another "
+            "checkpoint"
         )
     for name, expected in files.items():
         if not (folder / name).is_file() or _sha256(folder / name) != expected:
@@ -154,12 +159,19 @@ def _write_weights(folder: Path, built: Built) -> None:
         built.lora.inference_mode = True
         built.lora.base_model_name_or_path = built.spec.language
         built.lora.save_pretrained(folder)
-        save_file(_contiguous(adapter_state(built.model.language)),
-                  folder / "adapter_model.safetensors", metadata={"format": "pt"})  # fmt: skip
-    elif "language" in built.spec.train:
-        save_file(_contiguous(_language_state(built)), folder / "language.safetensors")
-    save_file(_contiguous(_encoder_state(built)), folder / "encoders.safetensors")
+    for name, (tensors, _) in _weight_files(built).items():
+        save_file(_contiguous(tensors), folder / name, metadata={"format": "pt"})
     (folder / "template.jinja").write_text(built.tokenizer.chat_template or "", encoding="utf-8")
+
+
+def _weight_files(built: Built) -> dict[str, tuple[dict[str, Tensor], str]]:
+    """The model's own tensors by the file that holds them, and what to call them."""
+    files = {"encoders.safetensors": (_encoder_state(built), "encoders")}
+    if built.lora is not None:
+        files["adapter_model.safetensors"] = (adapter_state(built.model.language), "adapter")
+    elif "language" in built.spec.train:
+        files["language.safetensors"] = (_language_state(built), "language model")
+    return files
 
 
 def _encoder_state(built: Built) -> dict[str, Tensor]:
@@ -214,16 +226,17 @@ def _read_state(folder: Path, tensors: Mapping[str, dict[str, Tensor]]) -> State
 
 
 def _check_present(folder: Path, built: Built, tensors: Mapping[str, Any]) -> None:
-    needed = ["encoders.safetensors"]
-    if built.lora is not None:
-        needed.append("adapter_model.safetensors")
-    elif "language" in built.spec.train:
-        needed.append("language.safetensors")
-    for name in needed:
-        if name not in tensors:
+    """The model must take all that was trained, and find all that it trains."""
+    needed, held = set(_weight_files(built)), set(tensors) - {"optimizer.safetensors"}
+    for name in sorted(needed ^ held):
+        if name in needed:
             raise CheckpointError(
                 f"checkpoint {folder} has no {name}, which this model needs; it is of another one"
             )
+        raise CheckpointError(
+            f"checkpoint {folder} has {name}, which this model would ignore; use the "
+            "configuration it was trained with"
+        )
 
 
 def _check_fits(folder: Path, manifest: Mapping[str, Any], built: Built) -> None:
@@ -236,6 +249,16 @@ def _check_fits(folder: Path, manifest: Mapping[str, Any], built: Built) -> None
                 f"{str(saved.get(name))[:12]} there and {str(built.hashes.get(name))[:12]} here; "
                 "use the model it was trained with"
             )
+    lora = manifest["spec"]["lora"]
+    if built.lora is not None and lora is not None and lora["alpha"] != built.spec.lora.alpha:
+        raise CheckpointError(
+            f"checkpoint {folder} was trained with lora.alpha {lora['alpha']} and this model has "
+            f"{built.spec.lora.alpha}, which scales the adapter otherwise; use the same"
+        )
+
+
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

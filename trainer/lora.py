@@ -58,18 +58,8 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy tensors saved by `adapter_state` back; names and shapes must match exactly."""
-    mine = {
-        _PREFIX + name.replace(".default.", "."): parameter
-        for name, parameter in model.named_parameters()
-        if ".lora_" in name
-    }
-    copy_exactly(mine, state, "adapter")
-
-
-def copy_exactly(mine: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
-    """Copy `saved` into `mine`, refusing any name or shape that is only on one side."""
+def check_exactly(mine: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
+    """Refuse any name or shape that is only on one side."""
     odd = sorted(set(mine) ^ set(saved))
     if odd:
         side = "lacks" if odd[0] in mine else "has an unknown"
@@ -83,6 +73,10 @@ def copy_exactly(mine: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: 
                 f"the saved {what} must fit this model; {name!r} is "
                 f"{tuple(saved[name].shape)} there and {tuple(tensor.shape)} here"
             )
-    with torch.no_grad():
-        for name, tensor in mine.items():
-            tensor.copy_(saved[name])
+
+
+@torch.no_grad()
+def copy(mine: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy `saved`, which `check_exactly` passed, into `mine` in place."""
+    for name, tensor in mine.items():
+        tensor.copy_(saved[name])

@@ -158,10 +158,12 @@ class PlaitModel(nn.Module):
         """The loss sum of a stream; never normalised.
 
         Args:
-            everywhere: Compute logprobs also at text positions without weight.
+            everywhere: Compute logprobs also at the text positions without weight.
         """
         hidden, touched = self.hidden(stream)
-        chosen = ~stream.is_media if everywhere else stream.weights != 0
+        chosen = stream.weights != 0
+        if everywhere:  # the last position of a media item may be learned: it predicts a text
+            chosen |= ~stream.is_media
         index = chosen.nonzero()[:, 0]
         targets = stream.targets[index].to(self.device)
         logprobs = self.logprobs_at(hidden[index.to(self.device)], targets)

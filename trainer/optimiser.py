@@ -52,19 +52,18 @@ def prepare_step(
     """Divide the summed gradients, clip them, and set the step's numbers; returns metrics.
 
     Raises:
-        ModelError: a gradient is not finite; nothing has been changed but the gradients.
+        ModelError: a gradient is not finite; nothing has been changed.
     """
     gradients = [p.grad for _, _, p in model.trainable() if p.grad is not None]
-    for gradient in gradients:
-        gradient.div_(divide_by)
-    norm = _norm(gradients)
+    norm = _norm(gradients) / divide_by
     if not math.isfinite(norm):
         raise ModelError(
             f"gradients must be finite; their norm is {norm}: lower the learning rate or look for "
             "a broken row in the ledger"
         )
-    if 0 < settings.grad_clip_norm < norm:
-        for gradient in gradients:
+    for gradient in gradients:
+        gradient.div_(divide_by)
+        if 0 < settings.grad_clip_norm < norm:
             gradient.mul_(settings.grad_clip_norm / norm)
     for group in optimizer.param_groups:
         rate = settings.part_learning_rates.get(group["part"], settings.learning_rate)

@@ -95,8 +95,9 @@ class TrainingRun:
             raise DataError(
                 "a run needs test rows and data.split.test is 0 for this dataset; hold some out"
             )
-        if not bench.measured.rows:
-            refused = bench.measured.refused
+        rows = bench.screened
+        if not rows.rows:
+            refused = rows.refused
             reason = f"; the first: {refused[0].reason}" if refused else ""
             raise DataError(f"a run needs a usable training row and there is none{reason}")
 

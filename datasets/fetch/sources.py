@@ -2,6 +2,7 @@
 
 from dataclasses import MISSING, dataclass, fields
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -64,16 +65,25 @@ def source_names() -> list[str]:
 
 
 def load_source(name: str) -> Source:
-    """Read `configs/sources/<name>.yaml`.
+    """Read `configs/sources/<name>.yaml`, or a file of one's own that ends in .yaml.
 
     Raises:
         UnknownNameError: no such source, or an unknown key in its file.
         ConfigError: the file is not what it should be.
     """
+    if name.endswith(".yaml"):
+        return parse_source(Path(name).stem, _read(Path(name)))
     if name not in (known := source_names()):
         raise UnknownNameError("source", name, known)
     text = (files("plait") / "configs" / "sources" / f"{name}.yaml").read_text(encoding="utf-8")
     return parse_source(name, yaml.safe_load(text))
+
+
+def _read(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"a source must be a YAML file; {file} cannot be read: {error}") from error
 
 
 def parse_source(name: str, values: Any) -> Source:

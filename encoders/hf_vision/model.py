@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.utils import logging as transformers_logging
 
+from plait.encoders.quiet import without_loading_bars
 from plait.errors import ConfigError, UnknownNameError
 
 
@@ -66,7 +67,7 @@ def load_tower(folder: Path, layer: int, dtype: torch.dtype) -> Tower:
         UnknownNameError: its family is not supported.
     """
     safe = {"local_files_only": True, "trust_remote_code": False}
-    with _readable_errors(folder), _without_load_report():
+    with _readable_errors(folder), _without_load_report(), without_loading_bars():
         config = AutoConfig.from_pretrained(folder, **safe)
         config = getattr(config, "vision_config", config)
         if config.model_type not in FAMILIES:

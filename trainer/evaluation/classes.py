@@ -9,7 +9,7 @@ import torch
 from plait.stream import Layout, Sample
 from plait.trainer.evaluation.reader import Reader
 from plait.trainer.model import PlaitModel
-from plait.trainer.sampling.continuation import Continuation
+from plait.trainer.sampling.continuation import read_on
 
 PROMPTS_AT_ONCE = 8
 
@@ -54,7 +54,7 @@ def _scores(
     documents, inputs = zip(*prompts, strict=True)
     copies = [len(names)] * len(prompts)
     room = max(len(name) for name in names)
-    continuation = Continuation(model, layout, documents, inputs, copies, room)
+    continuation = read_on(model, layout, documents, inputs, copies, room)
     tokens = [name for _ in prompts for name in names]
     # A name's first token is predicted by the prompt's end, each other by the token before it; the
     # last token predicts nothing that is asked.

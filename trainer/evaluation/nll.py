@@ -37,8 +37,11 @@ def deranged(samples: Sequence[Sample], seed: int) -> list[Sample] | None:
     """Samples with one another's media, every one of another class; None where none exists.
 
     Without labels every sample counts as a class of its own. A class with more than half of the
-    samples cannot be deranged.
+    samples cannot be deranged, nor can samples without media or with unequal numbers of them.
     """
+    counts = {len(sample.media()) for sample in samples}
+    if len(counts) != 1 or counts == {0}:
+        return None
     labels = [sample.label or str(number) for number, sample in enumerate(samples)]
     order = _derangement(labels, random.Random(seed))
     if order is None:

@@ -56,8 +56,9 @@ class Suite:
             exchanged = deranged(samples, seed)
             if exchanged is None:
                 measured.notes.append(
-                    "nll_shuffled needs a way to give every sample a picture of another class; "
-                    "one class holds more than half of them"
+                    "nll_shuffled needs a way to give every sample the media of another class; "
+                    "one class holds more than half of the samples, or not all of them have the "
+                    "same number of media"
                 )
                 return
             found.append(per_token(nll(self.model, self.reader, exchanged)))

@@ -12,6 +12,21 @@ from plait.kernels.interval_attention import Intervals
 from plait.stream import Document, ItemInputs, Layout, TokenStream, pack
 from plait.trainer.model import PlaitModel
 from plait.trainer.sampling.cache import StretchCache
+from plait.trainer.sampling.rereading import Rereading
+
+
+def read_on(
+    model: PlaitModel,
+    layout: Layout,
+    prompts: Sequence[Document],
+    inputs: Sequence[Sequence[ItemInputs]],
+    copies: Sequence[int],
+    room: int,
+) -> "Continuation | Rereading":
+    """Sequences that continue prompts, through a cache where the model may be packed."""
+    if model.packs:
+        return Continuation(model, layout, prompts, inputs, copies, room)
+    return Rereading(model, layout, prompts, inputs, copies)
 
 
 class Continuation:

