@@ -6,7 +6,7 @@ Ours packs a batch's 16 samples into rows without padding and computes logprobs 
 positions. The peer is transformers' own forward and loss (sdpa, attention mask, full logits) on
 the same samples padded on the right to the longest. Weights, adapter, cached picture features and
 dtype are the same on both sides, gradients are taken of everything that trains. A ratio is only
-printed when the losses, and the gradients as one vector, agree on every batch.
+printed when losses and gradients agree on every batch.
 """
 
 import argparse
@@ -22,10 +22,11 @@ from benchmarks.timing import alternate, machine, summary
 from plait.errors import PlaitError
 from plait.trainer.model import PlaitModel
 
-TOLERANCE = 1e-4
-"""Relative difference of losses and gradients allowed: float32 round-off of a deep model."""
+TOLERANCE = {"loss": 1e-4, "gradient_norm": 1e-4, "gradient": 1e-3}
+"""Relative differences allowed. `gradient` is the norm of the difference of the whole vectors, in
+which float32 round-off of 30 layers adds up; documents that see one another are off by tenths."""
 
-ROUNDS = 5
+ROUNDS = 3
 PEER = {
     "forward": "transformers' own, inputs_embeds and attention_mask, right-padded to the longest",
     "attn_implementation": "sdpa",
@@ -44,7 +45,7 @@ class Case:
     about: dict[str, Any]
 
 
-def stamps_case(batches: int = 6) -> Case:
+def stamps_case(batches: int = 4) -> Case:
     """SmolLM2-135M on pictures of four positions with captions of about eight tokens."""
     from transformers import LlamaConfig
 
@@ -103,15 +104,20 @@ def _random(config: Any) -> Any:
 CASES = {"stamps": stamps_case, "vlm": vlm_case}
 
 
-def difference(case: Case) -> float:
-    """The largest relative difference of losses and of gradients over the batches."""
-    worst = 0.0
+def differences(case: Case) -> dict[str, float]:
+    """The largest relative differences between the two sides over the batches."""
+    worst = dict.fromkeys(TOLERANCE, 0.0)
     for batch in case.batches:
         peer_loss = Padded(case.model, batch)()
         peer = gradients(case.model)
         loss = Packed(case.model, batch, case.capacity)()
-        by_gradient = (gradients(case.model) - peer).norm() / peer.norm()
-        worst = max(worst, abs(loss - peer_loss) / abs(peer_loss), float(by_gradient))
+        ours = gradients(case.model)
+        found = {
+            "loss": abs(loss - peer_loss) / abs(peer_loss),
+            "gradient_norm": float((ours.norm() / peer.norm() - 1).abs()),
+            "gradient": float((ours - peer).norm() / peer.norm()),
+        }
+        worst = {name: max(worst[name], value) for name, value in found.items()}
     return worst
 
 
@@ -121,18 +127,19 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     Raises:
         SystemExit: the two sides are not the same step.
     """
-    found = difference(case)  # also what warms both sides up
-    if not found <= TOLERANCE:
-        raise SystemExit(
-            f"the two sides must take the same step: losses or gradients differ by {found:.2e}, "
-            f"allowed {TOLERANCE}; no number is given"
-        )
+    found = differences(case)  # also what warms both sides up
+    for name, value in found.items():
+        if not value <= TOLERANCE[name]:
+            raise SystemExit(
+                f"the two sides must take the same step: {name} differs by {value:.2e}, allowed "
+                f"{TOLERANCE[name]:.0e}; no number is given"
+            )
     pairs = [
         (Packed(case.model, batch, case.capacity), Padded(case.model, batch))
         for batch in case.batches
     ]
-    return summary(alternate(list(pairs), rounds)) | {
-        "difference": float(f"{found:.2g}"),
+    return summary(alternate(pairs, rounds)) | {
+        "differences": {key: float(f"{value:.2g}") for key, value in found.items()},
         "batches": len(case.batches),
         "positions": sum(len(row.ids) for batch in case.batches for row in batch),
         "padded_fill": fill_of(case.batches),

@@ -5,7 +5,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -22,7 +22,7 @@ def seconds_of(step: Callable[[], object]) -> float:
 
 
 def alternate(
-    pairs: list[tuple[Callable[[], object], Callable[[], object]]], rounds: int
+    pairs: Sequence[tuple[Callable[[], object], Callable[[], object]]], rounds: int
 ) -> list[tuple[float, float]]:
     """(ours, peer) seconds of each round over all pairs of steps.
 

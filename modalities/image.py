@@ -126,7 +126,8 @@ class Image(MediaPart):
                     f"{header.height}; it decodes to {pixels.shape[1]} x {pixels.shape[0]}; "
                     "save it again as PNG or JPEG"
                 )
-            return np.ascontiguousarray(pixels)
+            # Pillow's own memory is read-only, which torch warns about: it is copied.
+            return np.require(pixels, requirements=["C", "W"])
 
     def digest(self) -> str:
         """SHA-256, in hex, of the file's bytes, or of the canonical pixels and their shape."""

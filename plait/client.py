@@ -239,14 +239,13 @@ class _Client(_Ready):
 
     def _document(self, model_input: ModelInput, inputs: Mapping[str, TensorData]) -> Document:
         targets, weights = inputs.get("target_tokens"), inputs.get("weights")
-        if inputs and targets is None:
-            raise DataError("a datum needs target_tokens: the token after each position")
         length_known = [1.0] * len(targets.data) if targets is not None else None
         document = document_from(
             [_piece(chunk) for chunk in model_input.chunks],
             self._built.layout,
             None if targets is None else targets.tolist(),
             length_known if weights is None else weights.tolist(),
+            vocabulary=self._built.model.output_weight.shape[0],
         )
         _check_expected(model_input, document)
         return document
@@ -297,6 +296,8 @@ class TrainingClient(_Client):
             raise UnknownNameError("loss", loss_fn, LOSSES)
         if not data:
             raise DataError("forward_backward needs at least one datum; it was given none")
+        if any("target_tokens" not in datum.loss_fn_inputs for datum in data):
+            raise DataError("a datum needs target_tokens: the token after each position")
         documents = [self._document(datum.model_input, datum.loss_fn_inputs) for datum in data]
         future = self._engine.forward_backward(documents, backward)
         return APIFuture(future, _forward_backward_output)

@@ -204,16 +204,22 @@ class ForwardBackwardOutput:
 
 @dataclass(frozen=True)
 class OptimStepResponse:
+    """What one step did, as metrics."""
+
     metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
 class SaveWeightsResponse:
+    """The path that `load_state` and `create_sampling_client` accept."""
+
     path: str
 
 
 @dataclass(frozen=True)
 class LoadWeightsResponse:
+    """The path that was loaded."""
+
     path: str
 
 
@@ -228,6 +234,8 @@ class SampledSequence:
 
 @dataclass(frozen=True)
 class SampleResponse:
+    """One sequence per sample asked for."""
+
     sequences: list[SampledSequence]
 
 

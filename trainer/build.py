@@ -121,7 +121,7 @@ def _media_encoder(
         spec.projector,
         encoder.width,
         embedding.shape[1],
-        embedding_std=float(embedding.float().std()),
+        embedding_std=float(embedding.detach().float().std()),
         generator=generator,
     )
     pool = projectors.KeepGrid() if spec.grid is None else projectors.GridPool(*spec.grid)

@@ -249,11 +249,11 @@ def _check_fits(folder: Path, manifest: Mapping[str, Any], built: Built) -> None
                 f"{str(saved.get(name))[:12]} there and {str(built.hashes.get(name))[:12]} here; "
                 "use the model it was trained with"
             )
-    lora = manifest["spec"]["lora"]
-    if built.lora is not None and lora is not None and lora["alpha"] != built.spec.lora.alpha:
+    lora, mine = manifest["spec"]["lora"], built.spec.lora
+    if lora is not None and mine is not None and lora["alpha"] != mine.alpha:
         raise CheckpointError(
             f"checkpoint {folder} was trained with lora.alpha {lora['alpha']} and this model has "
-            f"{built.spec.lora.alpha}, which scales the adapter otherwise; use the same"
+            f"{mine.alpha}, which scales the adapter otherwise; use the same"
         )
 
 

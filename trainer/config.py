@@ -4,8 +4,10 @@
 the values' types and builds the same objects that Python code would.
 """
 
+import re
 import types
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -195,7 +197,7 @@ def config_from(values: Mapping[str, Any]) -> RunConfig:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--run", type=RunConfig)
     try:
-        run = parser.instantiate_classes(parser.parse_object({"run": dict(values)})).run
+        run = parser.instantiate_classes(parser.parse_object({"run": deepcopy(dict(values))})).run
     except (ArgumentError, TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -239,14 +241,23 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _refuse_unknown(kind: type[Any], values: Any, where: str) -> None:
-    if not isinstance(values, Mapping):
+    if values is None:
         return
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} must be a section with keys; it is {values!r}")
     hints = get_type_hints(kind)
     known = [f.name for f in fields(kind)]
     for key, value in values.items():
         if key not in known:
             raise UnknownNameError(f"key in {where or 'the recipe'}", str(key), known)
-        _descend(hints[key], value, f"{where}.{key}" if where else key)
+        path = f"{where}.{key}" if where else key
+        if value is None and not _takes_null(hints[key]):
+            raise ConfigError(f"{path} must have a value; it is empty")
+        _descend(hints[key], value, path)
+
+
+def _takes_null(hint: Any) -> bool:
+    return hint is Any or type(None) in get_args(hint)
 
 
 def _descend(hint: Any, value: Any, where: str) -> None:
@@ -262,7 +273,17 @@ def _descend(hint: Any, value: Any, where: str) -> None:
             _descend(arguments[1], inner, f"{where}.{key}")
 
 
+_NOISE = ("Does not validate", "Subtypes:", "Errors:", "Problem with given", "Given value",
+          "Expected a <class 'NoneType'>")  # fmt: skip
+
+
 def _readable(error: Exception) -> str:
-    """The telling line of jsonargparse's nested message."""
-    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
-    return " ".join(lines[:4])
+    """`train.steps: Expected a <class 'int'>. Got value: ten`, of jsonargparse's nested message."""
+    keys: list[str] = []
+    rest: list[str] = []
+    for line in str(error).splitlines():
+        key = re.match(r'[\s-]*Parser key "([^"]+)":(.*)', line)
+        keys += [key[1].removeprefix("run.")] if key else []
+        text = (key[2] if key else line).strip(" -")
+        rest += [text] if text and not text.startswith(_NOISE) else []
+    return ": ".join(part for part in (".".join(keys), " ".join(rest)) if part)

@@ -51,6 +51,7 @@ class PlaitModel(nn.Module):
         self.packs = True
         """False where packing would change results; each document then runs alone."""
         self._softcap = _output_softcap(language.config)
+        _refuse_chunks(language.config)
 
     @property
     def device(self) -> torch.device:
@@ -239,3 +240,12 @@ def _output_softcap(config: Any) -> float | None:
             )
     softcap: float | None = getattr(text, "final_logit_softcapping", None)
     return softcap
+
+
+def _refuse_chunks(config: Any) -> None:
+    """Such layers keep their chunks in a mask, which interval attention does not read."""
+    if "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
+        raise ModelError(
+            "this language model attends in chunks (layer type 'chunked_attention'), which is not "
+            "supported yet; choose another family"
+        )

@@ -75,6 +75,7 @@ class TrainingRun:
             with bar(self.console, "comparing pictures") as advance:
                 data = open_data(self.config.data, advance)
             bench = Workbench(self.config, built, data)
+            bench.check_held_out()
             for note in data.splits.notes:
                 self.console.print(f"[yellow]note:[/] {note}")
             self._require_rows(bench)
@@ -234,8 +235,12 @@ class TrainingRun:
 
         def request(number: int, frame: FrameType | None) -> None:
             del number, frame
+            if self._stop.is_set():  # not KeyboardInterrupt, at which Lightning ends the process
+                raise Interrupted(
+                    f"stopped in the middle of a step; what was saved before is in {self.folder}, "
+                    "and the same command goes on from there"
+                )
             self._stop.set()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             self.console.print("\nstopping at the end of this step; a checkpoint will be saved")
 
         signal.signal(signal.SIGINT, request)

@@ -8,7 +8,7 @@ from plait.datasets.executor import Executor
 from plait.datasets.fetch import home
 from plait.datasets.ledger import Ledger
 from plait.datasets.loader import Loader
-from plait.datasets.planning import Measured, measure, positions_by_medium, screen
+from plait.datasets.planning import Measured, measure, placed, positions_by_medium, screen
 from plait.datasets.policy import FailurePolicy
 from plait.datasets.settings import LoaderSettings
 from plait.encoders.feature_cache import FeatureCache
@@ -120,6 +120,38 @@ class Workbench:
             measured=self.measured,
             left_out=self.data.left_out,
         )
+
+    def check_held_out(self) -> None:
+        """Read every held-out row once, so that none breaks in the middle of a run.
+
+        Where broken rows are skipped they leave their split, with a note.
+
+        Raises:
+            DataError: a row is broken and none is skipped.
+        """
+        splits = self.data.splits
+        notes: dict[int, str] = {}
+        for row in [*splits.validation, *splits.test]:
+            try:
+                self._read(row)
+            except DataError as error:
+                if self.policy.on_error == "raise":
+                    raise
+                notes[row] = f"a held-out row is left out: {error}"
+        self.data.splits = replace(
+            splits,
+            validation=[row for row in splits.validation if row not in notes],
+            test=[row for row in splits.test if row not in notes],
+            notes=(*splits.notes, *notes.values()),
+        )
+
+    def _read(self, row: int) -> None:
+        sample = self.data.records[row]
+        try:
+            for item in self.render(sample).items:
+                self.loading(item)
+        except DataError as error:
+            raise placed(error, sample.origin) from error
 
     def items_to_cache(self) -> list[Item]:
         """Items of frozen encoders that the run will read and no cache holds yet, each once.

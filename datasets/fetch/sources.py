@@ -83,7 +83,7 @@ def _read(file: Path) -> Any:
     try:
         return yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"a source must be a YAML file; {file} cannot be read: {error}") from error
+        raise ConfigError(f"a source must be YAML; {file} cannot be read: {error}") from error
 
 
 def parse_source(name: str, values: Any) -> Source:

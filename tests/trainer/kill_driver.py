@@ -1,18 +1,20 @@
 """Trains in forked children that kill themselves at a chosen moment.
 
 A fork server: torch and plait are imported once, each attempt is a process of its own. Reads one
-JSON line per attempt, {"folder", "phase", "nth"}, and answers each with one: {"ended"}, the exit
-code, or minus the signal. The moments are set by wrapping what the product calls; the product
+JSON line per attempt, {"folder", "phase", "nth", "disk"}, and answers each with one: {"ended"}, the
+exit code, or minus the signal. The moments are set by wrapping what the product calls; the product
 itself knows nothing of them.
 """
 
+import ctypes
+import gc
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,17 +24,22 @@ import plait
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger  # noqa: F401  (load it once)
-from transformers.models.llama import modeling_llama  # noqa: F401
-from transformers.models.vit import modeling_vit  # noqa: F401
+from PIL import Image
 
-import plait.encoders.hf_vision.encoder
 from plait import cli
 from plait.datasets.ledger import Ledger
 from plait.trainer import checkpoint, files, run
 from plait.trainer.lightning_run import PlaitModule
 from plait.trainer.model import PlaitModel
 from plait.trainer.run import TrainingRun
+
+LATER = (
+    "jsonargparse", "peft", "plait.encoders.hf_vision.encoder", "plait.template",
+    "tensorboard.plugins.hparams.plugin_data_pb2", "torch.utils.tensorboard",
+    "transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama",
+    "transformers.models.vit.image_processing_vit", "transformers.models.vit.modeling_vit",
+)  # fmt: skip
+"""What a run would import by itself, in every child again."""
 
 Kill = Callable[[], None]
 
@@ -72,7 +79,7 @@ def _to_step(path: Path, *_: Any) -> bool:
 
 
 PHASES: dict[str, Callable[[Kill], None]] = {
-    "nothing": lambda kill: None,
+    "nothing": lambda _: None,
     "forward pass": lambda kill: around(
         PlaitModel, "compute", kill, when=lambda model, *_: model.training
     ),
@@ -88,7 +95,7 @@ PHASES: dict[str, Callable[[Kill], None]] = {
     "writing a checkpoint": half_written,
     "before its rename": lambda kill: around(files, "_replace", kill, before=True, when=_to_step),
     "after its rename": lambda kill: around(
-        Path, "rename", kill, when=lambda path, target: _to_step(target)
+        Path, "rename", kill, when=lambda _, target: _to_step(target)
     ),
     "pruning": lambda kill: around(
         checkpoint.shutil, "rmtree", kill, before=True, when=lambda path, *_: _to_step(path)
@@ -99,28 +106,63 @@ PHASES: dict[str, Callable[[Kill], None]] = {
 }
 
 
-class Countdown:
-    """Kills this process, as no handler can prevent, at the n-th call."""
+INTERRUPTS = {"Ctrl-C": 1, "Ctrl-C twice": 2}
+"""Keys pressed during this many micro-batches, one after another."""
 
-    def __init__(self, nth: int) -> None:
-        self.left = nth
+NO_MOUNT, CRASHED = 77, 70
+"""Exit codes of a child that may not mount a small disk, and of one that raised."""
+
+
+class Countdown:
+    """Sends a signal to this process at the n-th call, and at the next ones if `times` > 1."""
+
+    def __init__(self, nth: int, number: int = signal.SIGKILL, times: int = 1) -> None:
+        self.calls, self.when, self.number = 0, range(nth, nth + times), number
 
     def __call__(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+        self.calls += 1
+        if self.calls in self.when:
+            os.kill(os.getpid(), self.number)
 
 
-def child(folder: Path, install: Callable[[], None], words: list[str]) -> None:
+def install(phase: str, nth: int) -> None:
+    if phase in INTERRUPTS:
+        press = Countdown(nth, signal.SIGINT, INTERRUPTS[phase])
+        around(PlaitModule, "training_step", press, before=True)
+    else:
+        PHASES[phase](Countdown(nth))
+
+
+def mount(folder: Path, kilobytes: int) -> None:
+    """A disk of this size at `folder`, which only this process sees; as root, or in a namespace."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_mounts, new_user, private = 0x20000, 0x10000000, (1 << 18) | (1 << 14)
+    user, group = os.getuid(), os.getgid()
+    if libc.unshare(new_mounts) and not libc.unshare(new_mounts | new_user):
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    libc.mount(b"none", b"/", None, private, None)
+    folder.mkdir()
+    if libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, f"size={kilobytes}k".encode()):
+        folder.rmdir()
+        os._exit(NO_MOUNT)
+
+
+def child(folder: Path, asked: dict[str, Any]) -> None:
     """What an attempt does in its own process: the command line, with its output in a file."""
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    code = 70
+    code = CRASHED
     try:
         os.chdir(folder)
-        install()
-        code = cli.main(words)
+        install(asked["phase"], asked["nth"])
+        if asked["disk"]:
+            mount(folder / "run", asked["disk"])
+        code = cli.main(["train", "recipe.yaml"])
+        if asked["disk"]:  # the disk goes with this process
+            shutil.copytree("run", "left")
     except BaseException:
         traceback.print_exc()
         raise
@@ -132,12 +174,16 @@ def child(folder: Path, install: Callable[[], None], words: list[str]) -> None:
 
 def serve() -> None:
     torch.set_num_threads(1)
+    Image.init()
+    for name in LATER:
+        import_module(name)
+    gc.collect()
+    gc.freeze()  # collecting would touch, and so copy, every page that the children share
     for line in sys.stdin:
         asked = json.loads(line)
-        install = partial(PHASES[asked["phase"]], Countdown(asked["nth"]))
         number = os.fork()
         if number == 0:
-            child(Path(asked["folder"]), install, asked["words"])
+            child(Path(asked["folder"]), asked)
         _, status = os.waitpid(number, 0)
         print(json.dumps({"ended": os.waitstatus_to_exitcode(status)}), flush=True)
 

@@ -21,7 +21,7 @@ from plait.trainer.checks import TOLERANCE, check_packing, packing_difference
 from plait.trainer.sampling.continuation import Continuation
 from plait.trainer.sampling.sampler import SamplerSettings, generate
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -36,7 +36,11 @@ WINDOW = 6
 
 def family(name: str) -> Any:
     if name == "qwen2":
-        sliding = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+        sliding: dict[str, Any] = {
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 1,
+        }
         return Qwen2ForCausalLM(Qwen2Config(**SIZES, **sliding))
     if name == "mistral":
         return MistralForCausalLM(MistralConfig(**SIZES, head_dim=8, sliding_window=WINDOW))
@@ -138,7 +142,7 @@ def leak(built: Any) -> None:
 
 
 def test_a_model_that_mixes_documents_runs_unpacked(lab: Any) -> None:
-    built = lab.build()
+    built = lab.build(bidirectional=True)
     assert check_packing(built)[0] and built.model.packs
     leak(built)
     packs, difference = check_packing(built)

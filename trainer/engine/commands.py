@@ -61,14 +61,16 @@ class TakeSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class SaveState:
-    folder: Path
-    """Weights, optimiser, pending gradients and random state go here."""
+    """Write weights, optimiser and random state into `folder`; refused while gradients pend."""
 
+    folder: Path
     weights_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LoadState:
+    """Read back what `SaveState` wrote; without the optimiser's state where not asked for."""
+
     folder: Path
     with_optimizer: bool = False
 

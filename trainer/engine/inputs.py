@@ -17,14 +17,18 @@ def document_from(
     targets: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
     origin: Origin | None = None,
+    *,
+    vocabulary: int,
 ) -> Document:
     """A document whose tokens are given; media take the positions that their headers plan.
 
     Args:
         targets, weights: One value per position; without targets nothing is learned.
+        vocabulary: Token ids are below it.
 
     Raises:
-        DataError: a length is wrong, a media position carries weight, or nothing is there.
+        DataError: a length or a token id is wrong, a media position carries weight, or nothing is
+            there.
     """
     origin = origin or Origin()
     ids: list[int] = []
@@ -32,6 +36,7 @@ def document_from(
     items: list[Item] = []
     for piece in pieces:
         if not isinstance(piece, MediaPart):
+            _check_known("a token id", piece, vocabulary, origin)
             ids += [int(token) for token in piece]
             continue
         plan = layout.plan(piece, origin)
@@ -41,9 +46,11 @@ def document_from(
         ids += [layout.placeholder_id] * plan.length
     length = len(ids)
     token_ids = np.array(ids, dtype=np.int64)
+    wanted = _sized("target_tokens", targets, length, 0, origin)
+    _check_known("a target", wanted, vocabulary, origin)
     document = Document(
         token_ids=token_ids,
-        targets=np.array(_sized("target_tokens", targets, length, 0, origin), dtype=np.int64),
+        targets=np.array(wanted, dtype=np.int64),
         weights=np.array(_sized("weights", weights, length, 0.0, origin), dtype=np.float32),
         positions=layout.positions(token_ids, spans, [item.plan for item in items]),
         spans=tuple(spans),
@@ -68,12 +75,22 @@ def _sized(
     return values
 
 
+def _check_known(name: str, tokens: Sequence[float], vocabulary: int, origin: Origin) -> None:
+    for token in tokens:
+        if not 0 <= token < vocabulary:
+            raise DataError(
+                f"{name} must be from 0 to {vocabulary - 1}, which this model knows; it is "
+                f"{token}: use the model's own tokenizer",
+                origin,
+            )
+
+
 def _check(document: Document) -> None:
     if not document.length:
         raise DataError("an input needs at least one position; this one is empty", document.origin)
     for span in document.spans:
         # The position before a text is the media's last: it may predict the text's first token.
-        if (document.weights[span.start : span.stop - 1] != 0).any():
+        if (document.weights[max(0, span.start - 1) : span.stop - 1] != 0).any():
             raise DataError(
                 "a position whose next one is media cannot be learned; give it weight 0",
                 document.origin,

@@ -1,0 +1,392 @@
+"""The primitives through the in-process client, on a tiny model."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from plait.client import ServiceClient, TrainingClient
+from plait.errors import CheckpointError, ConfigError, DataError, ModelError, UnknownNameError
+from plait.modalities import Image, Text
+from plait.stream import Message, Sample
+from plait.trainer.config import config_from
+from plait.trainer.engine.controller import EngineSettings
+from plait.trainer.spec import LoraSpec, ModelSpec
+from plait.types import AdamParams, Datum, ImageChunk, ModelInput, SamplingParams
+
+Make = Callable[..., TrainingClient]
+
+
+@pytest.fixture
+def spec(tiny_values: dict[str, Any]) -> ModelSpec:
+    return replace(config_from(tiny_values).model, lora=LoraSpec(rank=4))
+
+
+@pytest.fixture
+def make(spec: ModelSpec, tmp_path: Path) -> Iterator[Make]:
+    clients: list[TrainingClient] = []
+
+    def create(**changes: Any) -> TrainingClient:
+        engine = changes.pop("engine", None)
+        service = ServiceClient(tmp_path / "states")
+        client = service.create_training_client(replace(spec, **changes), seed=3, engine=engine)
+        clients.append(client)
+        return client
+
+    yield create
+    for client in clients:
+        client.close()
+
+
+@pytest.fixture
+def samples(picture_folder: Path) -> list[Sample]:
+    """Text alone, a picture, text before a picture: of different lengths."""
+    disc = Image(picture_folder / "disc" / "00.png")
+    bar = Image(picture_folder / "bar" / "01.png")
+    return [
+        told((Text("the shape"),), "a red disc."),
+        told((disc,), "a disc."),
+        told((Text("which: "), bar), "a green bar, small."),
+    ]
+
+
+def told(question: tuple[Any, ...], answer: str) -> Sample:
+    return Sample(messages=(Message("user", question), Message("assistant", (Text(answer),))))
+
+
+def gradients(client: TrainingClient) -> dict[str, torch.Tensor]:
+    trainable = client._built.model.trainable()
+    return {name: p.grad.clone() for _, name, p in trainable if p.grad is not None}
+
+
+def weights(client: TrainingClient) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for _, name, p in client._built.model.trainable()}
+
+
+def assert_equal(mine: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert mine.keys() == other.keys()
+    assert [name for name in mine if not torch.equal(mine[name], other[name])] == []
+
+
+def assert_close(mine: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert mine.keys() == other.keys()
+    for name, tensor in mine.items():
+        assert (tensor - other[name]).norm() <= 1e-5 * other[name].norm() + 1e-9, name
+
+
+def logprobs(output: Any) -> list[np.ndarray[Any, Any]]:
+    return [row["logprobs"].to_numpy() for row in output.loss_fn_outputs]
+
+
+def test_results_keep_their_order_whatever_the_packing(make: Make, samples: list[Sample]) -> None:
+    client = make()
+    data = [client.datum(sample) for sample in [*samples, samples[0]]]
+    together = client.forward_backward(data).result()
+    expected = gradients(client)
+    longest = max(datum.model_input.length for datum in data)
+    small = make(engine=EngineSettings(capacity=longest))
+    packs = small._engine.plan([small._document(d.model_input, d.loss_fn_inputs) for d in data])
+    assert len(packs) > 1
+    apart = small.forward_backward(data).result()
+    for datum, mine, other in zip(data, logprobs(together), logprobs(apart), strict=True):
+        assert len(mine) == datum.model_input.length
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6)
+    assert together.metrics["loss:sum"] == pytest.approx(apart.metrics["loss:sum"], rel=1e-5)
+    assert_close(gradients(small), expected)
+    np.testing.assert_array_equal(logprobs(together)[0], logprobs(together)[3])
+
+
+def test_sums_not_means(make: Make, samples: list[Sample]) -> None:
+    client, double = make(), make()
+    data = [client.datum(samples[1])]
+    once = client.forward_backward(data).result().metrics
+    twice = double.forward_backward(data * 2).result().metrics
+    assert twice["loss:sum"] == pytest.approx(2 * once["loss:sum"], rel=1e-6)
+    assert twice["weight:sum"] == 2 * once["weight:sum"] > 2
+    assert_close(gradients(double), {name: 2 * g for name, g in gradients(client).items()})
+    client.forward_backward(data).result()
+    assert_close(gradients(client), gradients(double))
+
+
+def test_loss_and_gradient_are_autograds(make: Make, tiny_language: Path) -> None:
+    """Against transformers' own forward pass, with weights that differ by position."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(tiny_language)
+    client = make(encoders={}, lora=None, train=("language",))
+    tokens, targets, weight = [5, 9, 12, 7], [9, 12, 7, 2], [0.0, 1.0, 0.5, 2.0]
+    datum = Datum(ModelInput.from_ints(tokens), {"target_tokens": targets, "weights": weight})
+    output = client.forward_backward([datum]).result()
+    found = plain(torch.tensor([tokens])).logits[0].log_softmax(-1)[range(4), targets]
+    loss = -(found * torch.tensor(weight)).sum()
+    loss.backward()
+    assert output.metrics["loss:sum"] == pytest.approx(loss.item(), rel=1e-5)
+    expected = found.detach().numpy() * np.array([0, 1, 1, 1])
+    np.testing.assert_allclose(logprobs(output)[0], expected, rtol=1e-4, atol=1e-6)
+    theirs = {f"language.{name}": p.grad for name, p in plain.named_parameters()}
+    assert_close(gradients(client), theirs)
+
+
+def test_forward_gives_every_logprob_and_no_gradient(make: Make, samples: list[Sample]) -> None:
+    client = make()
+    datum = Datum(ModelInput.from_ints([5, 9, 12]), {"target_tokens": [9, 12, 7],
+                                                     "weights": [0, 0, 1]})  # fmt: skip
+    everywhere = logprobs(client.forward([datum]).result())[0]
+    assert (everywhere < 0).all()
+    assert gradients(client) == {}
+    learned = logprobs(client.forward_backward([datum]).result())[0]
+    assert learned[:2].tolist() == [0, 0]
+    assert learned[2] == pytest.approx(everywhere[2], rel=1e-5)
+
+
+def test_a_failed_call_adds_nothing(make: Make, samples: list[Sample], tmp_path: Path) -> None:
+    cut = tmp_path / "cut.png"
+    source = samples[1].media()[0].file
+    cut.write_bytes(Path(source).read_bytes()[:200])
+    client = make()
+    good = [client.datum(sample) for sample in samples]
+    bad = client.datum(told((Image(cut),), "a disc."))
+    capacity = max(datum.model_input.length for datum in [*good, bad])
+    client = make(engine=EngineSettings(capacity=capacity))
+    client.forward_backward(good).result()
+    before = gradients(client)
+    pending = client._engine._executor.pending_weight
+    documents = [client._document(d.model_input, d.loss_fn_inputs) for d in [*good, bad]]
+    broken_pack = next(i for i, p in enumerate(client._engine.plan(documents)) if 3 in p)
+    assert broken_pack > 0, "the broken picture must come after a micro-batch that succeeded"
+    with pytest.raises(DataError, match=r"cut\.png"):
+        client.forward_backward([*good, bad]).result()
+    assert_equal(gradients(client), before)
+    assert client._engine._executor.pending_weight == pending
+    client.optim_step(AdamParams()).result()
+
+
+def test_what_cannot_be_used_is_refused(make: Make, samples: list[Sample]) -> None:
+    client = make(train=("projector", "language"))
+    text = ModelInput.from_ints([5, 9, 12])
+    picture = Image(np.zeros((8, 8, 3), dtype=np.uint8))
+    mixed = ModelInput((ImageChunk(picture),)).append_int(5)
+
+    def refused(datum: Datum, match: str) -> None:
+        with pytest.raises(DataError, match=match):
+            client.forward_backward([datum])
+
+    with pytest.raises(UnknownNameError, match="did you mean 'cross_entropy'"):
+        client.forward_backward([client.datum(samples[0])], "cross_entropi")
+    with pytest.raises(DataError, match="at least one datum"):
+        client.forward_backward([])
+    refused(Datum(text, {"target_tokens": [1, 2]}), "has 3 and it has 2")
+    refused(Datum(text, {"target_tokens": [1, 2, 3], "weights": [1.0]}), "has 3 and it has 1")
+    refused(Datum(text, {"weights": [1, 1, 1]}), "needs target_tokens")
+    refused(Datum(text), "needs target_tokens")
+    refused(Datum(ModelInput.empty(), {"target_tokens": []}), "at least one position")
+    refused(Datum(text, {"target_tokens": [1, 2, 10_000]}), "a target must be from 0")
+    for token in (-1, 10_000):
+        refused(Datum(ModelInput.from_ints([token]), {"target_tokens": [1]}), "a token id must be")
+    targets = {"target_tokens": [0, 0, 0, 5, 9]}
+    refused(Datum(mixed, {**targets, "weights": [0, 1, 0, 1, 1]}), "next one is media")
+    wrong = ModelInput((ImageChunk(picture, expected_tokens=9),)).append_int(5)
+    refused(Datum(wrong, {**targets, "weights": [0, 0, 0, 1, 1]}), "expected_tokens must be")
+    before = ModelInput.from_ints([5]).append(ImageChunk(picture)).append_int(5)
+    inputs = {"target_tokens": [9, 0, 0, 0, 5, 9], "weights": [1, 0, 0, 0, 1, 1]}
+    refused(Datum(before, inputs), "next one is media")
+    assert gradients(client) == {}
+    with pytest.raises(ModelError, match="optim_step needs gradients"):
+        client.optim_step(AdamParams()).result()
+
+
+def test_a_datum_longer_than_a_micro_batch_is_refused(make: Make) -> None:
+    client = make(engine=EngineSettings(capacity=4))
+    tokens = [5, 6, 7, 8, 9]
+    datum = Datum(ModelInput.from_ints(tokens), {"target_tokens": tokens})
+    with pytest.raises(DataError, match="fit into a micro-batch of 4 positions; this one has 5"):
+        client.forward_backward([datum])
+
+
+def test_divided_steps_follow_the_mean(make: Make, samples: list[Sample]) -> None:
+    """Divided by the weights, twice the data makes the same step; undivided, it is a sum."""
+    client, double = make(), make()
+    data = [client.datum(sample) for sample in samples]
+    params = AdamParams(learning_rate=0.01, eps=1e-8)
+    client.forward_backward(data).result()
+    double.forward_backward(data * 2).result()
+    one = client.optim_step(params, divide_by_weight=True).result().metrics["grad_norm:mean"]
+    two = double.optim_step(params, divide_by_weight=True).result().metrics["grad_norm:mean"]
+    assert one == pytest.approx(two, rel=1e-5)
+    assert_close(weights(client), weights(double))
+    weight = client.forward_backward(data).result().metrics["weight:sum"]
+    double.forward_backward(data).result()
+    undivided = client.optim_step(params).result().metrics["grad_norm:mean"]
+    divided = double.optim_step(params, divide_by_weight=True).result().metrics["grad_norm:mean"]
+    assert undivided == pytest.approx(weight * divided, rel=1e-4)
+    zero = [Datum(d.model_input, d.loss_fn_inputs | {"weights": [0.0] * d.model_input.length})
+            for d in data]  # fmt: skip
+    client.forward_backward(zero).result()
+    with pytest.raises(ModelError, match="weights above 0"):
+        client.optim_step(params, divide_by_weight=True).result()
+
+
+def test_snapshots_are_immutable(make: Make, samples: list[Sample]) -> None:
+    """Guarantee 8: sampling from old weights neither changes nor is changed by training."""
+    client, alone = make(lora=LoraSpec(rank=4, dropout=0.2)), make(
+        lora=LoraSpec(rank=4, dropout=0.2)
+    )  # fmt: skip
+    params, sampling = AdamParams(learning_rate=0.05), SamplingParams(max_tokens=6, seed=5)
+    data = [client.datum(sample) for sample in samples]
+
+    def train(one: TrainingClient) -> None:
+        one.forward_backward(data)
+        one.optim_step(params).result()
+
+    torch.manual_seed(9)
+    train(alone)
+    train(alone)
+
+    torch.manual_seed(9)
+    old = client.save_weights_and_get_sampling_client()
+    prompt = client.prompt(samples[1].media()[0])
+    first = old.sample(prompt, 2, sampling).result()
+    train(client)
+    new = client.save_weights_and_get_sampling_client()
+    client.forward_backward(data).result()
+    pending = gradients(client)
+    assert old.sample(prompt, 2, sampling).result() == first
+    later = new.sample(prompt, 2, sampling).result()
+    assert later.sequences[0].logprobs != first.sequences[0].logprobs
+    assert_equal(gradients(client), pending)
+    client.optim_step(params).result()
+    assert_equal(weights(client), weights(alone))
+    assert old.sample(prompt, 2, sampling).result() == first
+    with pytest.raises(ConfigError, match="num_samples must be at least 1"):
+        old.sample(prompt, 0, sampling)
+
+
+def test_saved_state_goes_on_bit_equal(make: Make, samples: list[Sample]) -> None:
+    lora = LoraSpec(rank=4, dropout=0.3)
+    client = make(lora=lora)
+    data = [client.datum(sample) for sample in samples]
+    params = AdamParams(learning_rate=0.01, weight_decay=0.1)
+
+    def steps(one: TrainingClient, count: int) -> None:
+        for _ in range(count):
+            one.forward_backward(data)
+            one.optim_step(params).result()
+
+    steps(client, 2)
+    path = client.save_state("two").result().path
+    assert path == f"tinker://{client.run_id}/weights/two"
+    saved = weights(client)
+    steps(client, 2)
+    other = make(lora=lora)
+    other.load_state_with_optimizer(path).result()
+    assert_equal(weights(other), saved)
+    steps(other, 2)
+    assert_equal(weights(other), weights(client))
+
+    client.load_state(path).result()
+    assert_equal(weights(client), saved)
+    client.forward_backward(data).result()
+    with pytest.raises(CheckpointError, match="gradients are pending"):
+        client.save_state("three").result()
+    light = client.save_weights_for_sampler("light").result().path
+    with pytest.raises(CheckpointError, match="holds weights only"):
+        client.load_state_with_optimizer(light).result()
+    with pytest.raises(ConfigError, match="neither a checkpoint nor a run"):
+        client.load_state(f"tinker://{client.run_id}/weights/none")
+    with pytest.raises(ConfigError, match="no leading dot"):
+        client.save_state("../up")
+    with pytest.raises(ConfigError, match="a path has the form"):
+        client.load_state("tinker://../weights/x")
+
+
+def test_saved_weights_sample_in_a_client_of_their_own(
+    make: Make, samples: list[Sample], tmp_path: Path
+) -> None:
+    client = make()
+    data = [client.datum(sample) for sample in samples]
+    client.forward_backward(data)
+    client.optim_step(AdamParams(learning_rate=0.05)).result()
+    path = client.save_weights_for_sampler("one").result().path
+    here = client.save_weights_and_get_sampling_client()
+    there = ServiceClient(tmp_path / "states").create_sampling_client(path)
+    params = SamplingParams(max_tokens=5, temperature=0.0)
+    prompt = client.prompt(Text("which: "), samples[1].media()[0])
+    assert there.sample(prompt, 1, params).result() == here.sample(prompt, 1, params).result()
+    there.close()
+
+
+def test_futures_are_awaitable_and_resolve_in_order(make: Make, samples: list[Sample]) -> None:
+    client = make()
+    data = [client.datum(samples[0])]
+    order: list[int] = []
+
+    async def main() -> None:
+        futures = []
+        for number in range(4):
+            future = client.forward(data)
+            future._future.add_done_callback(lambda _, n=number: order.append(n))
+            futures.append(future)
+        await futures[3]
+        assert all(future._future.done() for future in futures)
+        assert (await futures[0]).metrics == futures[0].result(timeout=1).metrics
+        assert (await client) is client
+
+    asyncio.run(main())
+    assert order == [0, 1, 2, 3]
+
+
+def test_a_failed_command_does_not_stop_the_next(make: Make, samples: list[Sample]) -> None:
+    client = make()
+    bad = client.optim_step(AdamParams())
+    good = client.forward([client.datum(samples[0])])
+    assert good.result().metrics["loss:sum"] > 0
+    with pytest.raises(ModelError):
+        bad.result()
+
+
+def test_a_closed_engine_refuses_but_finishes(make: Make, samples: list[Sample]) -> None:
+    client = make()
+    data = [client.datum(samples[0])]
+    last = client.forward(data)
+    client.close()
+    client.close()
+    assert last._future.done()
+    with pytest.raises(ModelError, match="engine is closed"):
+        client.forward(data)
+
+
+def test_options_of_the_lora_client(tiny_language: Path, tmp_path: Path) -> None:
+    service = ServiceClient(tmp_path)
+    base = str(tiny_language)
+    client = service.create_lora_training_client(base, rank=2, train_mlp=False, train=["language"])
+    names = [name for _, name, _ in client._built.model.trainable()]
+    assert all(".self_attn." in name for name in names)
+    info = client.get_info()
+    assert (info.base_model, info.is_lora, info.lora_rank) == (base, True, 2)
+    assert info.trainable == {"language": sum(w.numel() for w in weights(client).values())}
+    client.close()
+    with pytest.raises(ConfigError, match="train_unembed is not supported"):
+        service.create_lora_training_client(base, train_unembed=True)
+    with pytest.raises(ConfigError, match="needs layers"):
+        service.create_lora_training_client(base, train_mlp=False, train_attn=False)
+    with pytest.raises(ConfigError, match="either model_path or base_model"):
+        service.create_sampling_client()
+
+
+def test_datums_are_what_is_rendered(make: Make, samples: list[Sample]) -> None:
+    client = make()
+    for sample in samples:
+        datum = client.datum(sample)
+        length = datum.model_input.length
+        inputs = datum.loss_fn_inputs
+        assert inputs["target_tokens"].shape == inputs["weights"].shape == [length]
+        assert inputs["weights"].tolist()[-1] == 1.0
+    prompt = client.prompt("which: ", samples[2].media()[0])
+    assert prompt == client.prompt(samples[2].messages[0])
+    with pytest.raises(ConfigError, match="not of both"):
+        client.prompt("which", samples[0].messages[0])

@@ -1,0 +1,65 @@
+"""The README's and the examples' code runs as it stands, on real weights."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from plait.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def here(tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with a picture of one's own."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "cat.png").write_bytes((picture_folder / "disc" / "00.png").read_bytes())
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_a_trained_run_captions_a_picture(
+    here: Path, tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(tiny_recipe), "--run-dir", "runs/stamps"]) == 0
+    capsys.readouterr()
+    exec(compile(python_blocks()[0], "README.md", "exec"), {})
+    from_python = capsys.readouterr().out
+    words = ["sample", "runs/stamps", "--image", "cat.png", "--max-tokens", "24"]
+    assert main(words) == 0
+    assert capsys.readouterr().out == f"cat.png: {from_python.strip()}\n"
+
+
+@pytest.mark.weights
+def test_the_loop_learns_its_one_picture(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(python_blocks()[1], "README.md", "exec"), {})
+    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 20
+    assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.weights
+def test_the_examples_run_on_a_folder_of_one_s_own(here: Path, picture_folder: Path) -> None:
+    for name in ("stamps_loop.py", "stamps_launch.py"):
+        done = subprocess.run(
+            [sys.executable, ROOT / "examples" / name, str(picture_folder), "2"],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (here / "runs" / "stamps-launch" / "report.html").is_file()
+
+
+def test_every_path_that_the_readme_names_exists() -> None:
+    text = (ROOT / "README.md").read_text()
+    named = re.findall(r"\]\(([\w/.-]+)\)", text) + re.findall(r"^\| `([\w]+/)`", text, re.MULTILINE)
+    assert named
+    assert [path for path in named if not (ROOT / path).exists()] == []

@@ -1,0 +1,206 @@
+"""The engine's commands, its plan of micro-batches, and the optimiser's arithmetic."""
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from plait.errors import DataError, ModelError, UnknownNameError
+from plait.modalities import Text
+from plait.stream import Document, Message, Sample, render
+from plait.trainer.build import Built, build
+from plait.trainer.config import TrainConfig, config_from
+from plait.trainer.engine import commands
+from plait.trainer.engine.controller import Engine, EngineSettings
+from plait.trainer.optimiser import StepSettings, make_optimizer, prepare_step
+from plait.trainer.sampling.sampler import SamplerSettings
+from plait.trainer.schedule import settings_at
+from plait.trainer.spec import LoraSpec
+
+
+@pytest.fixture
+def built(tiny_values: dict[str, Any]) -> Built:
+    spec = config_from(tiny_values).model
+    return build(replace(spec, encoders={}, lora=LoraSpec(rank=2)), 0)
+
+
+@pytest.fixture
+def engine(built: Built) -> Iterator[Engine]:
+    engine = Engine(built, EngineSettings(capacity=12))
+    yield engine
+    engine.close()
+
+
+def document(length: int, group: int | None = None) -> Document:
+    ids = np.arange(5, 5 + length)
+    return Document(
+        token_ids=ids,
+        targets=ids + 1,
+        weights=np.ones(length, dtype=np.float32),
+        positions=np.arange(length),
+        group=group,
+    )
+
+
+def gradients(built: Built) -> list[torch.Tensor | None]:
+    return [None if p.grad is None else p.grad.clone() for _, _, p in built.model.trainable()]
+
+
+def test_a_plan_covers_each_document_once_within_the_capacity(engine: Engine) -> None:
+    generator = np.random.default_rng(0)
+    documents = [document(int(n)) for n in generator.integers(1, 13, 40)]
+    batches = engine.plan(documents)
+    assert sorted(i for batch in batches for i in batch) == list(range(40))
+    assert all(sum(documents[i].length for i in batch) <= 12 for batch in batches)
+    assert engine.plan(documents) == batches
+    assert engine.plan([]) == []
+
+
+def test_what_fits_is_one_micro_batch_in_its_order(engine: Engine) -> None:
+    assert engine.plan([document(n) for n in (2, 5, 1, 4)]) == [[0, 1, 2, 3]]
+    few = Engine(engine.built, EngineSettings(capacity=12, max_documents=2))
+    assert all(len(batch) <= 2 for batch in few.plan([document(2)] * 5))
+    few.close()
+
+
+def test_documents_of_a_group_stay_together(engine: Engine) -> None:
+    documents = [document(5, group=1), document(6), document(5), document(6, group=1)]
+    (together,) = [batch for batch in engine.plan(documents) if 0 in batch]
+    assert 3 in together
+    with pytest.raises(DataError):
+        engine.plan([document(7, group=1), document(7, group=1)])
+
+
+def test_commands_and_results_are_plain_data(engine: Engine, tmp_path: Path) -> None:
+    """They will travel between processes."""
+    documents = [document(3), document(4)]
+    prompt = render(
+        Sample(messages=(Message("user", (Text("a"),)),)),
+        engine.built.tokenizer, engine.built.layout, for_generation=True,
+    )  # fmt: skip
+    for command in [
+        commands.ForwardBackward(documents, engine.plan(documents)),
+        commands.OptimStep(StepSettings(), divide_by_weight=True),
+        commands.SaveState(tmp_path / "one"),
+        commands.LoadState(tmp_path / "one", with_optimizer=True),
+        commands.TakeSnapshot(),
+        commands.Sample(prompt, SamplerSettings(max_tokens=2), 2, 0),
+    ]:
+        copy: Any = pickle.loads(pickle.dumps(command))
+        result = engine.submit(copy).result()
+        pickle.loads(pickle.dumps(result))
+    with pytest.raises(UnknownNameError, match="unknown snapshot '7'"):
+        engine.submit(commands.Sample(prompt, SamplerSettings(), 1, 7)).result()
+
+
+def test_results_are_each_documents_own(engine: Engine) -> None:
+    documents = [document(9), document(3), document(7)]
+    results = engine.forward_backward(documents, backward=False).result()
+    assert [len(result.logprobs) for result in results] == [9, 3, 7]
+    for one, result in zip(documents, results, strict=True):
+        assert result.loss == pytest.approx(-result.logprobs.sum(), rel=1e-5)
+        assert result.weight == one.length
+    np.testing.assert_allclose(results[0].logprobs[:3], results[1].logprobs, rtol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(engine: Engine) -> None:
+    engine.forward_backward([document(5)], backward=True).result()
+    _, _, first = next(iter(engine.built.model.trainable()))
+    assert first.grad is not None
+    first.grad[0] = torch.inf
+    before, weights = gradients(engine.built), first.detach().clone()
+    with pytest.raises(ModelError, match="gradients must be finite; their norm is inf"):
+        engine.submit(commands.OptimStep(StepSettings(), divide_by_weight=True)).result()
+    after = gradients(engine.built)
+    assert all(a is not None and b is not None and torch.equal(a, b)
+               for a, b in zip(after, before, strict=True))  # fmt: skip
+    assert torch.equal(first, weights)
+
+
+def test_a_loss_that_is_not_finite_adds_nothing(engine: Engine) -> None:
+    bad = replace(document(12), weights=np.full(12, np.inf, dtype=np.float32))
+    good = engine.forward_backward([document(12)], backward=True)
+    good.result()
+    before = gradients(engine.built)
+    with pytest.raises(ModelError, match="a loss must be finite"):
+        engine.forward_backward([document(12), bad], backward=True).result()
+    assert all(a is not None and b is not None and torch.equal(a, b)
+               for a, b in zip(gradients(engine.built), before, strict=True))  # fmt: skip
+
+
+def test_untrained_parameters_are_named(engine: Engine) -> None:
+    engine.forward_backward([document(5)], backward=True).result()
+    *_, (_, name, last) = engine.built.model.trainable()
+    last.grad = None
+    with pytest.raises(ModelError, match=f"1 parameters got no gradient.*{name}"):
+        engine.submit(commands.OptimStep(StepSettings())).result()
+
+
+class Toy(nn.Module):
+    """A matrix that decays and a bias that does not, of two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.matrix = nn.Parameter(torch.randn(3, 2, dtype=torch.float64, generator=generator))
+        self.bias = nn.Parameter(torch.randn(3, dtype=torch.float64, generator=generator))
+
+    def trainable(self) -> Iterator[tuple[str, str, nn.Parameter]]:
+        yield "language", "matrix", self.matrix
+        yield "projector", "bias", self.bias
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_steps_are_adamw_on_divided_clipped_gradients(clip: float) -> None:
+    """Against the formulas of Loshchilov and Hutter (2019), in float64."""
+    toy: Any = Toy()
+    settings = StepSettings(
+        learning_rate=0.1, weight_decay=0.2, grad_clip_norm=clip,
+        part_learning_rates={"projector": 0.3},
+    )  # fmt: skip
+    assert (settings.beta1, settings.beta2, settings.eps) == (0.9, 0.95, 1e-12)
+    optimizer = make_optimizer(toy)
+    mine = [(toy.matrix.detach().clone(), 0.1, 0.2), (toy.bias.detach().clone(), 0.3, 0.0)]
+    moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value, _, _ in mine]
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1, 5):
+        sums = [torch.randn(v.shape, dtype=torch.float64, generator=generator) for v, _, _ in mine]
+        toy.matrix.grad, toy.bias.grad = (gradient.clone() for gradient in sums)
+        metrics = prepare_step(toy, optimizer, settings, divide_by=4.0)
+        optimizer.step()
+        means = [gradient / 4 for gradient in sums]
+        norm = float(torch.cat([gradient.flatten() for gradient in means]).norm())
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-12)
+        scale = min(1.0, clip / norm) if clip else 1.0
+        for (value, rate, decay), (first, second), mean in zip(mine, moments, means, strict=True):
+            gradient = mean * scale
+            first.mul_(0.9).add_(0.1 * gradient)
+            second.mul_(0.95).add_(0.05 * gradient**2)
+            value.mul_(1 - rate * decay)
+            corrected = second.div(1 - 0.95**step).sqrt() + 1e-12
+            value.sub_(rate * first / (1 - 0.9**step) / corrected)
+        torch.testing.assert_close(toy.matrix.detach(), mine[0][0], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(toy.bias.detach(), mine[1][0], rtol=1e-10, atol=1e-12)
+
+
+def test_rates_rise_linearly_and_fall_along_a_cosine() -> None:
+    config = TrainConfig(
+        steps=10, warmup=4, learning_rate=1.0, final_share=0.1,
+        part_learning_rates={"projector": 2.0}, weight_decay=0.3, grad_clip_norm=0.7,
+    )  # fmt: skip
+    rates = [settings_at(step, config).learning_rate for step in range(11)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[7] == pytest.approx(0.55)
+    assert rates[10] == pytest.approx(0.1)
+    assert all(a > b for a, b in pairwise(rates[4:]))
+    settings = settings_at(1, config)
+    assert settings.part_learning_rates == {"projector": 1.0}
+    assert (settings.weight_decay, settings.grad_clip_norm) == (0.3, 0.7)

@@ -1,0 +1,180 @@
+"""Measures equal what a reader would compute by hand."""
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from plait.modalities import Text
+from plait.stream import ItemInputs, Message, Sample, check_placeholders, pack, render
+from plait.trainer.build import Built
+from plait.trainer.evaluation import classes as classes_module
+from plait.trainer.evaluation import reader as reader_module
+from plait.trainer.evaluation.captions import captions
+from plait.trainer.evaluation.classes import class_accuracy, prompt_of
+from plait.trainer.evaluation.nll import DERANGEMENT_SEEDS, deranged, nll, per_token
+from plait.trainer.evaluation.reader import Reader, groups_within
+from plait.trainer.evaluation.suite import Suite
+
+CLASSES = ["disc", "a big bar", "square"]
+
+
+def make_reader(lab: Any, built: Built) -> Reader:
+    def load(item: Any) -> Any:
+        encoder = built.model.media_encoder(item.plan.encoder).encoder
+        return ItemInputs(encoder.process(item.part.decode()))
+
+    def read(sample: Sample, for_generation: bool) -> Any:
+        document = render(sample, built.tokenizer, built.layout, for_generation)
+        check_placeholders(document, built.layout.placeholder_id)
+        return document
+
+    return Reader(read, load, workers=1)
+
+
+def labelled(lab: Any, count: int = 10) -> list[Sample]:
+    labels = [CLASSES[number % 3] for number in range(count)]
+    return [
+        lab.sample(f"{label}: red", "see ", number, label=label)
+        for number, label in enumerate(labels)
+    ]
+
+
+def naive_best(lab: Any, built: Built, sample: Sample) -> str:
+    """The class whose `<class>:` is likeliest, each as a whole training row of its own."""
+    scores = {}
+    for name in CLASSES:
+        turns = (*prompt_of(sample).messages, Message("assistant", (Text(f"{name}:"),)))
+        stream = lab.stream(built, [replace(sample, messages=turns)])
+        with torch.no_grad():
+            logprobs = built.model.compute(stream).logprobs
+        scores[name] = float(logprobs[:-1].sum())  # without the end token
+    return max(scores, key=lambda name: scores[name])
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_class_accuracy_equals_reading_every_class_alone(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, packs: bool
+) -> None:
+    monkeypatch.setattr(classes_module, "PROMPTS_AT_ONCE", 4)
+    built = lab.build(bidirectional=True)
+    with torch.no_grad():
+        built.model.output_weight.mul_(8)
+        built.model.media_encoder("hf_vision").projector.out.weight.mul_(30)
+    built.model.packs = packs
+    samples = labelled(lab)
+    best = [naive_best(lab, built, sample) for sample in samples]
+    # The samples are labelled with what was found for them, but for three.
+    truth = [replace(s, label=b) for s, b in zip(samples, best, strict=True)]
+    wrong = {name: CLASSES[number - 1] for number, name in enumerate(CLASSES)}
+    for number in (0, 4, 9):
+        truth[number] = replace(truth[number], label=wrong[best[number]])
+    reader = make_reader(lab, built)
+
+    def accuracy(rows: list[Sample]) -> float:
+        return class_accuracy(built.model, reader, built.tokenizer, built.layout, rows, CLASSES)
+
+    assert accuracy(truth) == pytest.approx(0.7)
+    assert [accuracy([row]) for row in truth] == [float(n not in (0, 4, 9)) for n in range(10)]
+    assert len(set(best)) > 1
+
+
+def test_nll_counts_every_learned_token(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_module, "STREAM_POSITIONS", 60)
+    built = lab.build()
+    built.model.train()
+    samples = lab.samples
+    user, answer = samples[2].messages
+    samples[2] = replace(samples[2], messages=(user, replace(answer, weight=0.5)))
+    sums = nll(built.model, make_reader(lab, built), samples)
+    for sample, (loss, weight) in zip(samples, sums, strict=True):
+        text = sample.messages[-1].parts[0].text
+        tokens = built.tokenizer(text + "<end>", add_special_tokens=False).input_ids
+        assert weight == len(tokens) * sample.messages[-1].weight
+        documents, inputs = lab.documents(built, [sample])
+        with torch.no_grad():
+            hidden, _ = built.model.hidden(pack(documents, inputs))
+            logits = built.model.logits(hidden[-len(tokens) :]).log_softmax(-1)
+        expected = -logits[torch.arange(len(tokens)), torch.tensor(tokens)].sum()
+        assert loss == pytest.approx(float(expected) * sample.messages[-1].weight, rel=1e-5)
+    total = sum(loss for loss, _ in sums) / sum(weight for _, weight in sums)
+    assert per_token(sums) == pytest.approx(total)
+
+
+@pytest.mark.parametrize("seed", DERANGEMENT_SEEDS)
+def test_a_derangement_gives_every_sample_a_picture_of_another_class(lab: Any, seed: int) -> None:
+    samples = labelled(lab, 12)
+    made = deranged(samples, seed)
+    assert made is not None
+    label_of = {id(sample.media()[0]): sample.label for sample in samples}
+    for before, after in zip(samples, made, strict=True):
+        assert replace(after, messages=before.messages) == before  # only the picture is another's
+        assert label_of[id(after.media()[0])] != before.label
+        assert after.messages[-1] == before.messages[-1]
+    given = Counter(id(sample.media()[0]) for sample in made)
+    assert given == Counter(label_of.keys())
+    again = deranged(samples, seed)
+    assert again == made
+    assert made != deranged(samples, seed + 10)
+
+
+def test_tight_derangements_are_found_and_impossible_ones_are_none(lab: Any) -> None:
+    halves = [lab.sample("a", n, label="disc" if n < 5 else "bar") for n in range(10)]
+    for seed in range(20):
+        made = deranged(halves, seed)
+        assert made is not None
+        others = {id(s.media()[0]) for s in halves[5:]}
+        assert {id(s.media()[0]) for s in made[:5]} == others
+    assert deranged(halves[:9], 1) is None
+    assert deranged(halves[:1], 1) is None and deranged([], 1) is None
+    unlabelled = [lab.sample("a", n) for n in range(3)]
+    made = deranged(unlabelled, 1)
+    assert made is not None
+    assert all(a.media() != b.media() for a, b in zip(made, unlabelled, strict=True))
+
+
+def test_samples_whose_media_cannot_be_exchanged_are_said_so(lab: Any) -> None:
+    built = lab.build()
+    suite = Suite(built.model, make_reader(lab, built), built.tokenizer, built.layout, ["a"])
+    for samples in (lab.samples, lab.samples[2:3] * 2):
+        measured = suite.measure(samples)
+        assert measured.nll_shuffled is None and measured.class_accuracy is None
+        assert [note.split()[0] for note in measured.notes] == ["nll_shuffled", "class_accuracy"]
+        assert measured.nll_matched > 0 and measured.count == len(samples)
+
+
+def test_the_suite_measures_both_and_derangements_by_their_mean(lab: Any) -> None:
+    built = lab.build()
+    with torch.no_grad():
+        built.model.media_encoder("hf_vision").projector.out.weight.mul_(30)
+    reader, samples = make_reader(lab, built), labelled(lab, 6)
+    suite = Suite(built.model, reader, built.tokenizer, built.layout, CLASSES)
+    measured = suite.measure(samples)
+    assert not measured.notes and measured.class_accuracy is not None
+    found = [deranged(samples, seed) for seed in DERANGEMENT_SEEDS]
+    means = [per_token(nll(built.model, reader, made)) for made in found if made is not None]
+    assert measured.nll_shuffled == pytest.approx(sum(means) / 3, rel=1e-6)
+    assert measured.nll_shuffled != pytest.approx(measured.nll_matched, rel=1e-6)
+
+
+def test_captions_are_the_greedy_answers_to_the_prompts(lab: Any) -> None:
+    built = lab.build()
+    made = captions(
+        built.model, make_reader(lab, built), built.tokenizer, built.layout, lab.samples
+    )
+    assert len(made) == len(lab.samples) and all("<end>" not in text for text in made)
+    assert captions(built.model, make_reader(lab, built), built.tokenizer, built.layout, []) == []
+    told = [replace(s, messages=s.messages[:1]) for s in lab.samples]
+    assert made == captions(
+        built.model, make_reader(lab, built), built.tokenizer, built.layout, told
+    )
+
+
+def test_streams_hold_every_sample_once_within_their_size() -> None:
+    lengths = [5, 5, 3, 20, 1, 9, 9]
+    groups = list(groups_within(lengths, 10))
+    assert [n for group in groups for n in group] == list(range(7))
+    assert all(len(g) == 1 or sum(lengths[n] for n in g) <= 10 for g in groups)
+    assert groups[0] == [0, 1]

@@ -1,0 +1,98 @@
+"""Losses are sums over weighted positions, said per document, and never normalised."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from plait.errors import UnknownNameError
+from plait.kernels.token_logprobs import naive
+from plait.stream import Document, pack
+from plait.trainer import losses
+
+
+def test_the_loss_is_the_weighted_sum_of_logprobs(lab: Any) -> None:
+    built = lab.build()
+    stream = lab.stream(built, lab.samples)
+    stream.weights *= torch.linspace(0.5, 2, stream.length)
+    with torch.no_grad():
+        sums = built.model.compute(stream)
+        hidden, _ = built.model.hidden(stream)
+    expected = naive.token_logprobs(hidden, built.model.output_weight, stream.targets)
+    assert torch.equal(sums.index, stream.weights.nonzero()[:, 0])
+    torch.testing.assert_close(sums.logprobs.double(), expected[sums.index], rtol=1e-5, atol=1e-5)
+    per_position = -expected * stream.weights
+    assert float(sums.loss) == pytest.approx(float(per_position.sum()), rel=1e-5)
+    assert sums.weight == pytest.approx(float(stream.weights.sum()), rel=1e-6)
+    for (loss, weight), (start, stop) in zip(sums.documents, stream.bounds, strict=True):
+        assert loss == pytest.approx(float(per_position[start:stop].sum()), rel=1e-5)
+        assert weight == pytest.approx(float(stream.weights[start:stop].sum()), rel=1e-6)
+
+
+def test_a_message_weight_scales_loss_and_gradient(lab: Any) -> None:
+    built = lab.build()
+    samples = lab.samples[:1]
+    whole, gradient = lab.gradients(built, [lab.stream(built, samples)])
+    user, answer = samples[0].messages
+    halved = replace(samples[0], messages=(user, replace(answer, weight=0.5)))
+    half, half_gradient = lab.gradients(built, [lab.stream(built, [halved])])
+    torch.testing.assert_close(half * 2, whole, rtol=1e-6, atol=0)
+    assert (2 * half_gradient - gradient).norm() <= 1e-6 * gradient.norm()
+
+
+def test_a_stream_without_weight_adds_nothing(lab: Any) -> None:
+    built = lab.build()
+    stream = lab.stream(built, lab.samples[:2])
+    stream.weights.zero_()
+    sums = built.model.compute(stream)
+    sums.loss.backward()
+    assert float(sums.loss.detach()) == 0 and sums.weight == 0 and len(sums.logprobs) == 0
+    for _, name, parameter in built.model.trainable():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_text_after_a_picture_counts_in_forward_as_in_backward(lab: Any) -> None:
+    """The last position of a picture predicts the text after it."""
+    built = lab.build()
+    documents, inputs = lab.documents(built, lab.samples[3:])
+    (span,) = documents[0].spans
+    weights = documents[0].weights.copy()
+    targets = documents[0].targets.copy()
+    weights[span.stop - 1], targets[span.stop - 1] = 1.0, 7
+    stream = pack([replace(documents[0], weights=weights, targets=targets)], inputs)
+    with torch.no_grad():
+        some = built.model.compute(stream)
+        every = built.model.compute(stream, everywhere=True)
+    assert span.stop - 1 in some.index.tolist()
+    assert float(every.loss) == pytest.approx(float(some.loss), rel=1e-6)
+    inside = torch.isin(every.index, some.index)
+    torch.testing.assert_close(every.logprobs[inside], some.logprobs)
+    assert len(every.index) == documents[0].length - span.length + 1
+
+
+def test_each_document_has_its_own_loss(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scaled(logprobs: Any, weights: Any, inputs: Any) -> Any:
+        return -logprobs * weights * inputs["scale"]
+
+    monkeypatch.setitem(losses.LOSSES, "scaled", scaled)
+    built = lab.build()
+    documents, inputs = lab.documents(built, lab.samples)
+
+    def with_loss(document: Document, name: str) -> Document:
+        scale = torch.full((document.length,), 3.0).numpy()
+        return replace(document, loss=name, loss_inputs={"scale": scale})
+
+    names = ["cross_entropy", "scaled", "scaled", "cross_entropy"]
+    with torch.no_grad():
+        plain = built.model.compute(pack(documents, inputs)).documents
+        made = built.model.compute(
+            pack([with_loss(d, n) for d, n in zip(documents, names, strict=True)], inputs)
+        ).documents
+    factors = [new[0] / old[0] for new, old in zip(made, plain, strict=True)]
+    assert factors == pytest.approx([1, 3, 3, 1], rel=1e-5)
+
+
+def test_an_unknown_loss_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UnknownNameError, match=r"loss 'cross_entrpy'.*'cross_entropy'"):
+        losses.loss_named("cross_entrpy")
