@@ -74,17 +74,17 @@ def _smollm2() -> tuple[Any, Any]:
     return load_language(folder, "float32"), load_tokenizer(folder, None)
 
 
-def vlm_case(batches: int = 3) -> Case:
+def vlm_case(batches: int = 2) -> Case:
     """The `vlm` mix on a Llama small enough for two cores and the peer's logits."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(
-        vocab_size=8192, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
+        vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
         tie_word_embeddings=True,
     )  # fmt: skip
     about = {
-        "weights": "random: a Llama of 4 layers, width 256, vocabulary 8192; the peer's logits of "
+        "weights": "random: a Llama of 2 layers, width 256, vocabulary 4096; the peer's logits of "
         "a real vocabulary would need tens of GB",
         "rows": "the first batches of the shuffled vlm mix",
         "learned": f"the last {VLM_LEARNED:.0%} of each text",

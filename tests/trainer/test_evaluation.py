@@ -81,6 +81,18 @@ def test_class_accuracy_equals_reading_every_class_alone(
     assert len(set(best)) > 1
 
 
+def test_classes_of_one_token_are_read_off_the_prompt(lab: Any) -> None:
+    built = lab.build()
+    names = [[7], [9], [40]]
+    documents, inputs = lab.documents(built, lab.samples[:2], for_generation=True)
+    loaded = list(zip(documents, inputs, strict=True))
+    with torch.no_grad():
+        scores = classes_module._scores(built.model, built.layout, loaded, names)
+        ends = [built.model.hidden(pack([d], [i]))[0][-1:] for d, i in loaded]
+        expected = built.model.logits(torch.cat(ends)).log_softmax(-1)[:, [7, 9, 40]]
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_nll_counts_every_learned_token(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_module, "STREAM_POSITIONS", 60)
     built = lab.build()

@@ -60,8 +60,10 @@ def _scores(
     # last token predicts nothing that is asked.
     pushed = [name[:-1] for name in tokens]
     longer = [row for row, name in enumerate(pushed) if name]
-    hidden = continuation.push([pushed[row] for row in longer], longer)
-    before = torch.cat([continuation.last_hidden(), hidden])
+    before = continuation.last_hidden()
+    if longer:
+        hidden = continuation.push([pushed[row] for row in longer], longer)
+        before = torch.cat([before, hidden])
     targets = [name[0] for name in tokens] + [t for name in tokens for t in name[1:]]
     rows = list(range(len(tokens))) + [row for row, name in enumerate(pushed) for _ in name]
     logprobs = model.logprobs_at(before, torch.tensor(targets).to(model.device)).cpu()
