@@ -89,7 +89,10 @@ def test_the_public_names_are_these() -> None:
 def test_importing_plait_and_asking_for_help_load_no_framework() -> None:
     assert loaded_by("import plait") == []
     # Every command's help too; argparse leaves by SystemExit.
-    words = [[], *([name] for name in "fetch train report sample preview plan info".split())]
+    words = [
+        [],
+        *([name] for name in ["fetch", "train", "report", "sample", "preview", "plan", "info"]),
+    ]
     program = (
         "from plait.cli import main\n"
         f"for words in {words!r}:\n"

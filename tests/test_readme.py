@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from plait.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,6 +61,8 @@ def test_the_examples_run_on_a_folder_of_one_s_own(here: Path, picture_folder: P
 
 def test_every_path_that_the_readme_names_exists() -> None:
     text = (ROOT / "README.md").read_text()
-    named = re.findall(r"\]\(([\w/.-]+)\)", text) + re.findall(r"^\| `([\w]+/)`", text, re.MULTILINE)
+    named = re.findall(r"\]\(([\w/.-]+)\)", text) + re.findall(
+        r"^\| `([\w]+/)`", text, re.MULTILINE
+    )
     assert named
     assert [path for path in named if not (ROOT / path).exists()] == []

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from PIL import Image as PILImage
+
 from plait.errors import MediaError
 from plait.modalities import Image, Limits
 

@@ -1,0 +1,119 @@
+"""Break Plait by one line at a time and require a red test for each break.
+
+    python tests/mutants/run.py [WORD ...]
+
+`list.toml` holds the breaks. Each is applied to a copy of the tree, where the tests it names must
+fail; on the unbroken copy they must pass. With words, only breaks whose file or tests contain one
+are run. Exits with 1 when a break survives, its old text is not found exactly once, or a test is
+red without a break.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LIST = Path(__file__).with_name("list.toml")
+SECONDS = 600
+"""A break may make a test hang; that counts as red."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One break: `old` becomes `new` in `file`, and one of `tests` must fail."""
+
+    guarantee: int | str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def apply(self, tree: Path) -> str | None:
+        """Break the tree; the reason where that is impossible."""
+        path = tree / self.file
+        text = path.read_text(encoding="utf-8")
+        if text.count(self.old) != 1:
+            return f"its old text stands {text.count(self.old)} times"
+        path.write_text(text.replace(self.old, self.new), encoding="utf-8")
+        return None
+
+
+def load(words: list[str]) -> list[Mutant]:
+    entries = tomllib.loads(LIST.read_text(encoding="utf-8"))["mutant"]
+    mutants = [Mutant(**{**entry, "tests": tuple(entry["tests"])}) for entry in entries]
+    if not words:
+        return mutants
+    return [m for m in mutants if any(w in m.file or w in " ".join(m.tests) for w in words)]
+
+
+def copy_tree(target: Path) -> None:
+    """What git tracks, and what it would: links stay links."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, check=True, text=True,
+    ).stdout  # fmt: skip
+    for name in filter(None, listed.split("\0")):
+        source, to = ROOT / name, target / name
+        if source.is_symlink() or source.is_file():
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, to, follow_symlinks=False)
+
+
+def tests_fail(tree: Path, tests: tuple[str, ...]) -> bool:
+    """Run tests on a tree's own plait, whatever is installed."""
+    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    where = subprocess.run(
+        [sys.executable, "-c", "import plait; print(plait.__file__)"],
+        cwd=tree.parent, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if where.returncode == 0 and not Path(where.stdout.strip()).is_relative_to(tree):
+        raise SystemExit(f"the copy is not what is imported: {where.stdout}")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, text=True,
+            timeout=SECONDS, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return True
+    if done.returncode not in (0, 1):  # not a red test but a test that could not be run
+        raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
+    return done.returncode == 1
+
+
+def judge(mutant: Mutant) -> str:
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        tree = Path(folder) / "tree"
+        copy_tree(tree)
+        problem = mutant.apply(tree)
+        if problem is None and not tests_fail(tree, mutant.tests):
+            problem = "SURVIVED"
+    verdict = problem or "red"
+    print(f"{mutant.guarantee!s:>3}  {verdict:<10} {mutant.file}: {mutant.new.strip()[:60]}")
+    return verdict
+
+
+def main(words: list[str]) -> int:
+    mutants = load(words)
+    tests = tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        tree = Path(folder) / "tree"
+        copy_tree(tree)
+        if tests_fail(tree, tests):
+            print("a named test is red without any break; mend it first")
+            return 1
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        verdicts = list(pool.map(judge, mutants))
+    red = verdicts.count("red")
+    print(f"{red} of {len(mutants)} breaks turned a test red")
+    return 0 if red == len(mutants) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
