@@ -144,8 +144,8 @@ def test_importing_plait_unhides_the_packages_named_like_our_rooms(
         "print(sum('/' in str(s and s.origin) for s in hidden))\n"
         f"for n in {LINKED!r}:\n"
         "    spec = u.find_spec(n)\n"
-        "    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]\n"
-        "    print(n, places)\n"
+        "    where = spec and [spec.origin, *(spec.submodule_search_locations or [])]\n"
+        "    print(n, where or [])\n"
     )
     (tmp_path / "program.py").write_text(program)
     command = [start, program] if start == "-c" else ["-m", "program"]
