@@ -75,17 +75,21 @@ def _smollm2() -> tuple[Any, Any]:
 
 
 def vlm_case(batches: int = 2) -> Case:
-    """The `vlm` mix on a Llama small enough for two cores and the peer's logits."""
+    """The `vlm` mix on one layer of a Llama, so that the peer's step fits two cores and memory.
+
+    A deeper model repeats the layer. Its width and vocabulary keep what the layer, attention and
+    the logits cost on the longest rows in about the proportion that SmolLM2-135M has.
+    """
     from transformers import LlamaConfig
 
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=2,
+        vocab_size=2048, hidden_size=256, intermediate_size=768, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
         tie_word_embeddings=True,
     )  # fmt: skip
     about = {
-        "weights": "random: a Llama of 2 layers, width 256, vocabulary 4096; the peer's logits of "
-        "a real vocabulary would need tens of GB",
+        "weights": "random: one Llama layer of width 256, vocabulary 2048 (the peer's logits of a "
+        "real vocabulary would need tens of GB)",
         "rows": "the first batches of the shuffled vlm mix",
         "learned": f"the last {VLM_LEARNED:.0%} of each text",
     }

