@@ -9,7 +9,7 @@ demo: .venv/run  ## train a vision-language adapter on real pictures, from an em
 	$(BIN)/plait report runs/stamps
 
 test: .venv/dev check  ## ruff, mypy and the whole suite
-	$(BIN)/python -m pytest -m "not slow and not fuzz"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not fuzz"
 
 check: .venv/dev  ## ruff and mypy
 	$(BIN)/ruff check .
