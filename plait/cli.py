@@ -22,7 +22,7 @@ ABOUT = "Fine-tune models that read text and pictures, on your own machine."
 EXAMPLES = """\
 a first run:
   plait fetch stamps                 bring two small models and 785 captioned pictures
-  plait train configs/stamps.yaml    train (about 6 minutes on two cores)
+  plait train configs/stamps.yaml    train (about 7 minutes on two cores)
   plait report runs/stamps           write runs/stamps/report.html
   plait sample runs/stamps --image cat.png
 
