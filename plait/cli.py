@@ -217,18 +217,18 @@ def _train(words: argparse.Namespace) -> None:
         empty(config.folder)
     metrics = train(config, console)
     if metrics is None:
-        console.print(f"{config.folder} is finished; add --fresh to train it anew")
+        print(f"{config.folder} is finished; add --fresh to train it anew")
     else:
         from plait.trainer.summary import print_metrics
 
         print_metrics(metrics, console)
-    console.print(f"next: plait report {config.folder}")
+    print(f"next: plait report {config.folder}")
 
 
 def _report(words: argparse.Namespace) -> None:
     from plait.trainer.reports.report import write_report
 
-    _console().print(f"wrote {write_report(Path(words.run_dir))}")
+    print(f"wrote {write_report(Path(words.run_dir))}")
 
 
 def _sample(words: argparse.Namespace) -> None:
@@ -257,7 +257,7 @@ def _sample(words: argparse.Namespace) -> None:
 def _preview(words: argparse.Namespace) -> None:
     from plait.trainer.preview import preview
 
-    _console().print(f"wrote {preview(_config(words), words.rows, Path(words.out))}")
+    print(f"wrote {preview(_config(words), words.rows, Path(words.out))}")
 
 
 def _plan(words: argparse.Namespace) -> None:
