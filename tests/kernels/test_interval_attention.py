@@ -33,6 +33,7 @@ CASES = {
     "group at the end": with_group(*causal_documents([20, 11]), 25, 31),
     "adjacent groups": with_group(*with_group(*causal_documents([40]), 3, 12), 12, 21),
     "group over a tile's border": with_group(*causal_documents([400]), 200, 330),
+    "nothing but a group": with_group(*causal_documents([24]), 0, 24),
 }
 
 
