@@ -35,7 +35,7 @@ def add_lora(model: nn.Module, output: nn.Module | None, spec: LoraSpec, seed: i
         )
     config = LoraConfig(
         r=spec.rank,
-        lora_alpha=spec.alpha,  # type: ignore[arg-type]  # a float works and is stored as one
+        lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",

@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class _StretchLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its subclass hook
+class _StretchLayer(CacheLayerMixin):
     """Keys and values of one layer, written at the slots that the cache points to."""
 
     keys: Tensor
     values: Tensor
 
     def __init__(self, owner: "StretchCache") -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.owner = owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
