@@ -17,6 +17,7 @@ from plait.trainer.evaluation.classes import class_accuracy, prompt_of
 from plait.trainer.evaluation.nll import DERANGEMENT_SEEDS, deranged, nll, per_token
 from plait.trainer.evaluation.reader import Reader, groups_within
 from plait.trainer.evaluation.suite import Suite
+from plait.trainer.sampling.continuation import read_on
 
 CLASSES = ["disc", "a big bar", "square"]
 
@@ -81,16 +82,27 @@ def test_class_accuracy_equals_reading_every_class_alone(
     assert len(set(best)) > 1
 
 
-def test_classes_of_one_token_are_read_off_the_prompt(lab: Any) -> None:
+def test_only_classes_that_can_win_are_read_to_their_end(lab: Any) -> None:
     built = lab.build()
-    names = [[7], [9], [40]]
-    documents, inputs = lab.documents(built, lab.samples[:2], for_generation=True)
+    with torch.no_grad():
+        built.model.output_weight.mul_(8)
+    names = [[7], [9, 30, 31], [40, 12], [9, 33], [55, 7, 8, 20]]
+    documents, inputs = lab.documents(built, lab.samples, for_generation=True)
     loaded = list(zip(documents, inputs, strict=True))
     with torch.no_grad():
         scores = classes_module._scores(built.model, built.layout, loaded, names)
-        ends = [built.model.hidden(pack([d], [i]))[0][-1:] for d, i in loaded]
-        expected = built.model.logits(torch.cat(ends)).log_softmax(-1)[:, [7, 9, 40]]
-    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+    whole, ceiling = torch.empty_like(scores), torch.empty_like(scores)
+    for row, (document, item_inputs) in enumerate(loaded):
+        for column, name in enumerate(names):
+            alone = read_on(built.model, built.layout, [document], [item_inputs], [1], 8)
+            hidden = torch.cat([alone.last_hidden(), alone.push([name], [0])])[:-1]
+            steps = built.model.logits(hidden).log_softmax(-1)[range(len(name)), name].detach()
+            whole[row, column], ceiling[row, column] = steps.sum(), steps[0]
+    read = scores.isfinite()
+    torch.testing.assert_close(scores[read], whole[read], rtol=1e-4, atol=1e-4)
+    assert torch.equal(scores.argmax(1), whole.argmax(1))
+    assert not read.all()
+    assert (whole.argmax(1) != ceiling.argmax(1)).any()  # the likeliest beginning is no proof
 
 
 def test_nll_counts_every_learned_token(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:

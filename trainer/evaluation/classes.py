@@ -50,22 +50,39 @@ def prompt_of(sample: Sample) -> Sample:
 def _scores(
     model: PlaitModel, layout: Layout, prompts: Sequence[Any], names: Sequence[list[int]]
 ) -> torch.Tensor:
-    """(prompts, classes) summed logprobs."""
+    """(prompts, classes) summed logprobs; -inf for a class that cannot be its prompt's best.
+
+    A name is never more probable than its first token, so only names whose first token alone beats
+    the whole of the name with the likeliest first token are read to their end.
+    """
     documents, inputs = zip(*prompts, strict=True)
-    copies = [len(names)] * len(prompts)
-    room = max(len(name) for name in names)
+    copies, room = [len(names)] * len(prompts), max(len(name) for name in names)
     continuation = read_on(model, layout, documents, inputs, copies, room)
     tokens = [name for _ in prompts for name in names]
-    # A name's first token is predicted by the prompt's end, each other by the token before it; the
-    # last token predicts nothing that is asked.
-    pushed = [name[:-1] for name in tokens]
-    longer = [row for row, name in enumerate(pushed) if name]
-    before = continuation.last_hidden()
-    if longer:
-        hidden = continuation.push([pushed[row] for row in longer], longer)
-        before = torch.cat([before, hidden])
-    targets = [name[0] for name in tokens] + [t for name in tokens for t in name[1:]]
-    rows = list(range(len(tokens))) + [row for row, name in enumerate(pushed) for _ in name]
-    logprobs = model.logprobs_at(before, torch.tensor(targets).to(model.device)).cpu()
-    scores = torch.zeros(len(tokens)).index_add(0, torch.tensor(rows), logprobs)
-    return scores.view(len(prompts), len(names))
+    first = torch.tensor([name[0] for name in tokens])
+    ceiling = _logprobs(model, continuation.last_hidden(), first).view(len(prompts), len(names))
+    scores = torch.full_like(ceiling, -torch.inf)
+
+    def read(rows: torch.Tensor) -> None:
+        """Score whole names; `rows` number the (prompt, name) pairs."""
+        scores.view(-1)[rows] = ceiling.view(-1)[rows]
+        longer = [row for row in rows.tolist() if len(tokens[row]) > 1]
+        if longer:
+            # The last token predicts nothing that is asked.
+            hidden = continuation.push([tokens[row][:-1] for row in longer], longer)
+            targets = torch.tensor([token for row in longer for token in tokens[row][1:]])
+            owners = torch.tensor([row for row in longer for _ in tokens[row][1:]])
+            scores.view(-1).index_add_(0, owners, _logprobs(model, hidden, targets))
+
+    likeliest = torch.zeros_like(ceiling, dtype=torch.bool).scatter(
+        1, ceiling.argmax(1)[:, None], 1
+    )
+    read(likeliest.view(-1).nonzero()[:, 0])
+    rest = (ceiling > scores.amax(1, keepdim=True)) & ~likeliest
+    read(rest.view(-1).nonzero()[:, 0])
+    return scores
+
+
+def _logprobs(model: PlaitModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Logprobs of the tokens that follow `hidden` (T, H), on the CPU."""
+    return model.logprobs_at(hidden, targets.to(model.device)).cpu()
