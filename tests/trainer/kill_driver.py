@@ -34,7 +34,7 @@ from plait.trainer.model import PlaitModel
 from plait.trainer.run import TrainingRun
 
 LATER = (
-    "jsonargparse", "peft", "plait.encoders.hf_vision.encoder", "plait.template",
+    "jsonargparse", "peft", "plait.encoders.hf_vision.encoder",
     "tensorboard.plugins.hparams.plugin_data_pb2", "torch.utils.tensorboard",
     "transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama",
     "transformers.models.vit.image_processing_vit", "transformers.models.vit.modeling_vit",

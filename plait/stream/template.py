@@ -13,7 +13,7 @@ from typing import Any
 
 from plait.errors import RenderError
 from plait.modalities import MediaPart, Text
-from plait.stream import Message, Sample
+from plait.stream.samples import Message, Sample
 
 _HAS_MASK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 

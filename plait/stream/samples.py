@@ -1,0 +1,44 @@
+"""What one row says: messages and their media, before a model's tokens are known."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from plait.errors import Origin
+from plait.modalities import MediaPart, Part
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation.
+
+    `weight` scales the loss of an assistant turn; 0 shows the turn without learning it. Turns of
+    other roles never carry loss.
+    """
+
+    role: str
+    parts: tuple[Part, ...]
+    weight: float = 1.0
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What one row says: messages, or bare parts whose text is all learned.
+
+    `view` picks one of the seeded augmentations of its pictures; 0 is the picture as it is.
+    `label` is an optional class name, used only for evaluation and splits.
+    """
+
+    messages: tuple[Message, ...] = ()
+    parts: tuple[Part, ...] = ()
+    id: str = ""
+    origin: Origin = field(default_factory=Origin)
+    view: int = 0
+    group: int | None = None
+    label: str = ""
+
+    def media(self) -> tuple[MediaPart, ...]:
+        """The pictures, sounds and films in the order in which they are read."""
+        held = self.parts + tuple(part for message in self.messages for part in message.parts)
+        return tuple(part for part in held if isinstance(part, MediaPart))

@@ -1,0 +1,193 @@
+"""Documents and the rows they are packed into.
+
+Shape letters: T positions of a row or of a document, K soft targets of a position, N positions
+of one media item, C channels.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from plait.errors import DataError, ModelError, Origin
+from plait.modalities import MediaPart
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class ItemPlan:
+    """What an encoder promises for one item, from header facts alone.
+
+    `grid` is (time, height, width) in positions; `bidirectional` says that the positions of the
+    item see one another in both directions.
+    """
+
+    encoder: str
+    length: int
+    grid: tuple[int, int, int]
+    bidirectional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One media item of a document: the part, what was promised for it, and its view."""
+
+    part: MediaPart
+    plan: ItemPlan
+    view: int = 0
+    origin: Origin = field(default_factory=Origin)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`length` positions from `start` that `encoder` fills from item `item`, features `offset`...
+
+    One item may take many spans (film frames between timestamps). The ITEM is atomic: it is never
+    split over rows and never truncated inside. `group` marks positions that see one another in
+    both directions; None is causal.
+    """
+
+    start: int
+    length: int
+    encoder: str
+    item: int
+    offset: int = 0
+    group: int | None = None
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(slots=True)
+class ItemInputs:
+    """A loaded item: the encoder's CPU-processed inputs, or its cached frozen features (N, C)."""
+
+    inputs: dict[str, Tensor] | None = None
+    features: "Encoded | None" = None
+
+
+@dataclass(slots=True)
+class Encoded:
+    """What an encoder returns for one item.
+
+    `embeddings` (N, C); `layers` carries features (N, C) for deeper layers of the language model
+    where a family has them; `grid` is (time, height, width); `seconds` the time of each row of
+    the grid, for media that have time.
+    """
+
+    embeddings: Tensor
+    layers: tuple[Tensor, ...] = ()
+    grid: tuple[int, int, int] = (1, 1, 1)
+    seconds: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Document:
+    """A rendered sample: T positions, what each should predict, and what fills the media.
+
+    `targets[i]` is the token after position i; `weights[i]` is 0 where nothing is learned.
+    `positions` is (T,) or (3, T). Documents of one `group` stay in one micro-batch.
+    """
+
+    token_ids: IntArray
+    targets: IntArray
+    weights: FloatArray
+    positions: IntArray
+    spans: tuple[Span, ...] = ()
+    items: tuple[Item, ...] = ()
+    sample_id: str = ""
+    origin: Origin = field(default_factory=Origin)
+    run: str = ""
+    loss: str = "cross_entropy"
+    loss_inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    group: int | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.token_ids)
+
+    def visible(self) -> IntArray:
+        """(2, T): the first and one past the last position that each position may attend."""
+        last = np.arange(1, self.length + 1)
+        groups: dict[int, list[Span]] = {}
+        for span in self.spans:
+            if span.group is not None:
+                groups.setdefault(span.group, []).append(span)
+        for spans in groups.values():
+            start, stop = min(s.start for s in spans), max(s.stop for s in spans)
+            last[start:stop] = np.maximum(last[start:stop], stop)
+        return np.stack([np.zeros_like(last), last])
+
+
+@dataclass(slots=True)
+class MediaBatch:
+    """The items of one encoder in a stream, and the stream positions (P,) their features fill.
+
+    `sources[p]` is the row, in the concatenation of all items' features, that position p takes.
+    """
+
+    items: list[ItemInputs]
+    plans: list[ItemPlan]
+    origins: list[Origin]
+    index: Tensor
+    sources: Tensor
+
+    def check(self, encoded: Sequence[Encoded]) -> None:
+        """Refuse features whose number is not the number of placeholders, naming the row."""
+        if len(encoded) != len(self.plans):
+            name = self.plans[0].encoder
+            raise ModelError(
+                f"encoder {name!r} must return features for each item: it was given "
+                f"{len(self.plans)} items and returned {len(encoded)}"
+            )
+        for plan, origin, item in zip(self.plans, self.origins, encoded, strict=True):
+            if len(item.embeddings) != plan.length:
+                raise DataError(
+                    f"placeholders must equal features: {plan.length} positions were planned for "
+                    f"encoder {plan.encoder!r} but it returned {len(item.embeddings)}; its plan() "
+                    "and forward() disagree",
+                    origin,
+                )
+
+
+@dataclass(slots=True)
+class TokenStream:
+    """One packed row of T positions and everything that is said per document.
+
+    `targets` and `weights` are (T,) or (T, K); `positions` (T,) or (3, T); `visible` (2, T).
+    `bounds` holds the documents' (start, stop). Lists `run`, `sample_id`, `loss` and `group` have
+    one entry per document.
+    """
+
+    token_ids: Tensor
+    targets: Tensor
+    weights: Tensor
+    positions: Tensor
+    visible: Tensor
+    media: dict[str, MediaBatch]
+    bounds: list[tuple[int, int]]
+    run: list[str]
+    sample_id: list[str]
+    loss: list[str]
+    group: list[int | None]
+    origins: list[Origin]
+    loss_inputs: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def is_media(self) -> Tensor:
+        """(T,) bool: the positions that encoders fill."""
+        mask = torch.zeros(self.length, dtype=torch.bool)
+        for batch in self.media.values():
+            mask[batch.index] = True
+        return mask
