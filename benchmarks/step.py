@@ -75,26 +75,26 @@ def _smollm2() -> tuple[Any, Any]:
 
 
 def vlm_case(batches: int = 2) -> Case:
-    """The `vlm` mix on one layer of a Llama, so that the peer's step fits two cores and memory.
+    """The `vlm` mix on a thirtieth of SmolLM2-135M, so that the peer's step fits two cores.
 
-    A deeper model repeats the layer. Its width and vocabulary keep what the layer, attention and
-    the logits cost on the longest rows in about the proportion that SmolLM2-135M has.
+    One of its 30 layers and a thirtieth of its vocabulary: layer, attention and logits cost in the
+    proportion that the whole model has.
     """
     from transformers import LlamaConfig
 
     config = LlamaConfig(
-        vocab_size=2048, hidden_size=256, intermediate_size=768, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
+        vocab_size=1_638, hidden_size=576, intermediate_size=1536, num_hidden_layers=1,
+        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
         tie_word_embeddings=True,
     )  # fmt: skip
     about = {
-        "weights": "random: one Llama layer of width 256, vocabulary 2048 (the peer's logits of a "
-        "real vocabulary would need tens of GB)",
+        "weights": "random: a thirtieth of SmolLM2-135M, one layer and 1,638 tokens (the peer's "
+        "logits of the whole vocabulary would need tens of GB)",
         "rows": "the first batches of the shuffled vlm mix",
         "learned": f"the last {VLM_LEARNED:.0%} of each text",
     }
-    rows = vlm(config.vocab_size, batches, channels=256)
-    return Case(build(_random(config), 256), rows, 8192, about)
+    rows = vlm(config.vocab_size, batches, channels=320)
+    return Case(build(_random(config), 320), rows, 8192, about)
 
 
 def _random(config: Any) -> Any:
