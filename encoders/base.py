@@ -80,16 +80,25 @@ class Encoder(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        """Where the tower is; the CPU for one without parameters."""
+        first = next(self.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        """What the tower computes in; float32 for one without parameters."""
+        first = next(self.parameters(), None)
+        return torch.float32 if first is None else first.dtype
 
     def set_trainable(self, trainable: bool) -> Self:
-        """Train the tower, or freeze it: no gradients, and in eval mode whatever is asked."""
+        """Train the tower, or freeze it: no gradients, and in eval mode whatever is asked.
+
+        What trains is kept in float32: small steps would vanish in a narrower dtype.
+        """
         self.trainable = trainable
         self.requires_grad_(trainable)
+        if trainable:
+            self.float()
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -18,6 +19,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from plait.stream import Encoded
+
+LIBRARIES = ("numpy", "pillow", "torch", "torchvision", "transformers")
+"""Their versions may change the features' last bits, so they stand in every key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,7 @@ class FeatureCache:
     Args:
         folder: Where the files lie; made at the first entry. Several encoders may share it.
         fingerprint: All that decides the features besides the pixels (weights, processing, dtype,
-            pool, library versions): `MediaEncoder.features_fingerprint()`.
+            pool): `MediaEncoder.fingerprint()`.
         memory_bytes: Bound of what is also kept in memory; the longest unused goes first.
     """
 
@@ -49,8 +53,9 @@ class FeatureCache:
 
     def key(self, digest: str, view: str = "") -> str:
         """The key of an item: the digest of its file, and the name of its view."""
-        facts = f"{self.fingerprint}\n{digest}\n{view}"
-        return hashlib.sha256(facts.encode()).hexdigest()
+        facts = [self.fingerprint, digest, view]
+        facts += [f"{library} {version(library)}" for library in LIBRARIES]
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
     def get(self, key: str) -> Encoded | None:
         """The features of an item, on the CPU, or None."""

@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from importlib.metadata import version
 from math import prod
 
 import torch
@@ -17,11 +16,8 @@ from torch import Tensor, nn
 from plait.encoders.base import Encoder, Inputs
 from plait.encoders.projectors import Pool
 from plait.errors import DataError, ModelError, Origin
-from plait.modalities import MediaPart
+from plait.modalities import Limits, MediaPart
 from plait.stream import Encoded, ItemInputs, ItemPlan
-
-_LIBRARIES = ("numpy", "pillow", "torch", "torchvision", "transformers")
-"""Their versions may change what features come out, so they stand in cache keys."""
 
 
 class MediaEncoder(nn.Module):
@@ -32,12 +28,18 @@ class MediaEncoder(nn.Module):
     """
 
     def __init__(
-        self, encoder: Encoder, pool: Pool, projector: nn.Module, trainable: bool = False
+        self,
+        encoder: Encoder,
+        pool: Pool,
+        projector: nn.Module,
+        trainable: bool = False,
+        limits: Limits = Limits(),  # noqa: B008  (frozen)
     ) -> None:
         super().__init__()
         self.encoder = encoder.set_trainable(trainable)
         self.pool = pool
         self.projector = projector
+        self.limits = limits
 
     @property
     def name(self) -> str:
@@ -61,7 +63,7 @@ class MediaEncoder(nn.Module):
                 origin,
             )
         try:
-            grid = self.pool.plan(self.encoder.plan(part.header()))
+            grid = self.pool.plan(self.encoder.plan(part.header(self.limits)))
         except DataError as error:
             raise error.at(replace(origin, file=origin.file or part.file)) from error
         return ItemPlan(self.name, prod(grid), grid, self.encoder.bidirectional)
@@ -120,8 +122,7 @@ class MediaEncoder(nn.Module):
                 total = total + parameter.reshape(-1)[:0].sum().to(total)
         return total
 
-    def features_fingerprint(self) -> str:
-        """SHA-256 of all that decides the features of given pixels: for `FeatureCache`."""
+    def fingerprint(self) -> str:
+        """SHA-256 of the tower, its processing and the pool: what decides the features."""
         facts = [self.encoder.fingerprint(), self.pool.describe()]
-        facts += [f"{library} {version(library)}" for library in _LIBRARIES]
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()

@@ -2,7 +2,7 @@
 
     python examples/stamps_launch.py [FOLDER] [STEPS]
 
-The flat loop is stamps_loop.py; the same settings as a file are configs/stamps.yaml.
+The flat loop is stamps_loop.py; configs/stamps.yaml is the same run as a file.
 """
 
 import sys
@@ -45,7 +45,11 @@ def recipe(folder: str, steps: int) -> RunConfig:
             steps=steps,
             capacity=512,
             max_documents=16,
+            learning_rate=4e-4,
             part_learning_rates={"projector": 2e-3},
+            warmup=15,
+            validate_every=20,
+            checkpoint_every=20,
         ),
     )
 
@@ -53,7 +57,7 @@ def recipe(folder: str, steps: int) -> RunConfig:
 if __name__ == "__main__":
     config = recipe(
         sys.argv[1] if len(sys.argv) > 1 else "fetched:stamps",
-        int(sys.argv[2]) if len(sys.argv) > 2 else 150,
+        int(sys.argv[2]) if len(sys.argv) > 2 else 100,
     )
     console = Console(highlight=False)
     metrics = train(config, console)

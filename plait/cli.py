@@ -210,12 +210,9 @@ def _fetch(words: argparse.Namespace) -> None:
 
 def _train(words: argparse.Namespace) -> None:
     from plait.trainer.run import train
-    from plait.trainer.rundir import empty
 
     console, config = _console(), _config(words)
-    if words.fresh:
-        empty(config.folder)
-    metrics = train(config, console)
+    metrics = train(config, console, fresh=words.fresh)
     if metrics is None:
         print(f"{config.folder} is finished; add --fresh to train it anew")
     else:

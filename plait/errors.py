@@ -8,6 +8,7 @@
     │   ├── RenderError                          a sample that cannot become labelled positions
     │   └── FailureBudgetError                   too many broken rows
     ├── CheckpointError       RuntimeError       a checkpoint that cannot be written or read
+    │   └── DamagedCheckpointError               one whose files are not what was saved
     ├── FetchError            RuntimeError       a download or conversion that did not succeed
     ├── ModelError            RuntimeError       a model that does not behave as it must
     └── Interrupted           RuntimeError       the user stopped a run; what is saved is said
@@ -108,6 +109,10 @@ class FailureBudgetError(DataError):
 
 class CheckpointError(PlaitError, RuntimeError):
     """A checkpoint that cannot be written, read or used here."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose files are missing or not what was saved; an older one may be whole."""
 
 
 class FetchError(PlaitError, RuntimeError):

@@ -1,6 +1,7 @@
 """The README's and the examples' code runs as it stands, on real weights."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from plait.cli import main
+from plait.trainer.config import load_config, plain
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,11 +48,23 @@ def test_the_loop_learns_its_one_picture(here: Path, capsys: pytest.CaptureFixtu
     assert losses[-1] < 0.2 * losses[0]
 
 
+def test_the_launch_template_is_the_recipe() -> None:
+    module = runpy.run_path(str(ROOT / "examples" / "stamps_launch.py"))
+    recipe = load_config(ROOT / "configs" / "stamps.yaml")
+    template = module["recipe"]("fetched:stamps", recipe.train.steps)
+    assert plain(template) == plain(recipe) | {"name": "stamps-launch"}
+
+
 @pytest.mark.weights
 def test_the_examples_run_on_a_folder_of_one_s_own(here: Path, picture_folder: Path) -> None:
+    for number, file in enumerate(sorted(picture_folder.rglob("*.png"))[::3]):
+        to = here / "pictures" / file.parent.name / f"{number}.png"
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_bytes(file.read_bytes())
+        to.with_suffix(".txt").write_bytes(file.with_suffix(".txt").read_bytes())
     for name in ("stamps_loop.py", "stamps_launch.py"):
         done = subprocess.run(
-            [sys.executable, ROOT / "examples" / name, str(picture_folder), "2"],
+            [sys.executable, ROOT / "examples" / name, "pictures", "2"],
             capture_output=True,
             text=True,
             timeout=300,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from plait.encoders import projectors, registry, weights
@@ -14,8 +15,9 @@ from plait.encoders.layouts.plain import PlainLayout
 from plait.encoders.media_encoder import MediaEncoder
 from plait.encoders.quiet import without_loading_bars
 from plait.errors import ConfigError, ModelError
+from plait.modalities import Limits
 from plait.stream import Layout
-from plait.trainer import attention
+from plait.trainer import attention, checks
 from plait.trainer.lora import add_lora
 from plait.trainer.model import PlaitModel, part_of
 from plait.trainer.spec import EncoderSpec, ModelSpec
@@ -35,12 +37,29 @@ class Built:
     hashes: dict[str, str]
     """What a checkpoint must find again: base model, encoders, template."""
 
+    seed: int
+    """What adapters and projectors were drawn from."""
 
-def build(spec: ModelSpec, seed: int) -> Built:
+    limits: Limits
+    """How large a media file may be."""
+
+    packing_difference: float = 0.0
+    """How far packing changes this model's gradients, relatively; see `checks`."""
+
+
+def build(
+    spec: ModelSpec,
+    seed: int,
+    limits: Limits = Limits(),  # noqa: B008  (frozen)
+) -> Built:
     """Load every part of `spec`; adapters and projectors are drawn from `seed`.
+
+    The language model is checked: what it computes here must be what transformers computes, and
+    where packing would change its gradients, `PlaitModel.packs` is switched off.
 
     Raises:
         ConfigError, FetchError: a name that leads to nothing usable.
+        ModelError: a language model that is computed otherwise here than in transformers.
     """
     folder = weights.resolve(spec.language)
     tokenizer = load_tokenizer(folder, spec.template)
@@ -54,7 +73,7 @@ def build(spec: ModelSpec, seed: int) -> Built:
             lora = add_lora(language, language.get_output_embeddings(), spec.lora, seed)
     generator = torch.Generator().manual_seed(seed)
     media = {
-        medium: _media_encoder(encoder, language, spec, generator)
+        medium: _media_encoder(encoder, language, spec, generator, limits)
         for medium, encoder in spec.encoders.items()
     }
     _check_media(media)
@@ -66,8 +85,11 @@ def build(spec: ModelSpec, seed: int) -> Built:
         )
     hashes = {"language": file_hash(folder), "template": text_hash(tokenizer.chat_template or "")}
     for encoder in media.values():
-        hashes[f"encoder:{encoder.name}"] = encoder.features_fingerprint()
-    return Built(spec, model, tokenizer, PlainLayout(media), lora, hashes)
+        hashes[f"encoder:{encoder.name}"] = encoder.fingerprint()
+    built = Built(spec, model, tokenizer, PlainLayout(media), lora, hashes, seed, limits)
+    checks.check_language(built)
+    checks.check_packing(built)
+    return built
 
 
 def load_tokenizer(folder: Path, template: str | None) -> Any:
@@ -89,18 +111,32 @@ def load_language(folder: Path, dtype: str) -> Any:
     attention.register()
     try:
         with without_loading_bars():
-            language = AutoModelForCausalLM.from_pretrained(
+            language, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
                 attn_implementation=attention.NAME,
                 trust_remote_code=False,
                 use_safetensors=True,
+                output_loading_info=True,
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"{folder} holds no language model that loads from safetensors: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    except KeyError as error:
+        if error.args != (attention.NAME,):
+            raise
+        raise ModelError(
+            f"a language model's attention must be replaceable, and that of {folder} is not; "
+            "choose another family"
+        ) from error
+    if report["missing_keys"]:  # transformers would draw them at random
+        raise ConfigError(
+            f"a language model must have all of its weights; {folder} lacks "
+            f"{len(report['missing_keys'])} of them, {min(report['missing_keys'])} among them; "
+            "fetch it again"
+        )
     dropout = getattr(language.config.get_text_config(), "attention_dropout", 0.0)
     if dropout:
         raise ModelError(
@@ -110,7 +146,11 @@ def load_language(folder: Path, dtype: str) -> Any:
 
 
 def _media_encoder(
-    spec: EncoderSpec, language: Any, model: ModelSpec, generator: torch.Generator
+    spec: EncoderSpec,
+    language: Any,
+    model: ModelSpec,
+    generator: torch.Generator,
+    limits: Limits,
 ) -> MediaEncoder:
     options = dict(spec.options)
     if spec.weights is not None:
@@ -126,7 +166,7 @@ def _media_encoder(
     )
     pool = projectors.KeepGrid() if spec.grid is None else projectors.GridPool(*spec.grid)
     projector.requires_grad_("projector" in model.train)
-    return MediaEncoder(encoder, pool, projector, trainable="vision" in model.train)
+    return MediaEncoder(encoder, pool, projector, "vision" in model.train, limits)
 
 
 def _check_media(media: dict[str, MediaEncoder]) -> None:
@@ -155,7 +195,9 @@ def file_hash(folder: Path) -> str:
     """SHA-256 over the names, and contents, of a model folder's weights and configuration."""
     manifest = folder / "manifest.json"
     if manifest.is_file():  # a converted package, whose source was checked when it was fetched
-        return text_hash(json.dumps(json.loads(manifest.read_text()), sort_keys=True))
+        facts = json.loads(manifest.read_text())
+        facts.pop("libraries", None)  # of the conversion, which does not depend on them
+        return text_hash(json.dumps(facts, sort_keys=True))
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
         digest.update(path.name.encode())

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from plait.errors import CheckpointError
+from plait.errors import CheckpointError, DamagedCheckpointError
 from plait.trainer.build import Built
 from plait.trainer.files import new_folder, write_json
 from plait.trainer.lora import adapter_state, check_exactly, copy
@@ -45,7 +45,7 @@ class State:
     """torch's state_dict."""
 
     random: Tensor
-    """torch's CPU generator state: what dropout draws from."""
+    """State of the CPU generator that dropout draws from."""
 
     extra: dict[str, Any] = field(default_factory=dict)
     """The loader's state and whatever the caller keeps; plain JSON."""
@@ -80,8 +80,8 @@ def load(folder: Path, built: Built, *, with_state: bool = True) -> State | None
     """Copy a checkpoint's weights into `built` and return its state.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the checkpoint is of another model;
-            nothing has been changed.
+        DamagedCheckpointError: a file is missing or damaged.
+        CheckpointError: the checkpoint is of another model. In both cases nothing was changed.
     """
     manifest = verify(folder)
     _check_fits(folder, manifest, built)
@@ -93,7 +93,7 @@ def load(folder: Path, built: Built, *, with_state: bool = True) -> State | None
         }
         state = _read_state(folder, tensors) if with_state else None
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"checkpoint {folder} cannot be read: {error}; use another one"
         ) from error
     _check_present(folder, built, tensors)
@@ -109,13 +109,14 @@ def verify(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files all have the hashes it names.
 
     Raises:
-        CheckpointError: it is not a checkpoint, or a file is missing or damaged.
+        DamagedCheckpointError: it is not a checkpoint, or a file is missing or damaged.
+        CheckpointError: its format is another version's.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         files, own = dict(manifest["files"]), manifest.pop("sha256", None)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"a checkpoint must have a manifest.json; {folder} has none that can be read: {error}"
         ) from error
     if manifest.get("format") != FORMAT:
@@ -123,13 +124,13 @@ def verify(folder: Path) -> dict[str, Any]:
             f"checkpoint {folder} has format {manifest.get('format')}; this version reads {FORMAT}"
         )
     if own != _own_hash(manifest):
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"checkpoint {folder} is damaged: manifest.json is not what was saved; use another "
             "checkpoint"
         )
     for name, expected in files.items():
         if not (folder / name).is_file() or _sha256(folder / name) != expected:
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"checkpoint {folder} is damaged: {name} is missing or not what was saved; use "
                 "another checkpoint"
             )
@@ -143,15 +144,9 @@ def delete(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def capture(optimizer: torch.optim.Optimizer, step: int, **extra: Any) -> State:
-    """The present state of a run at the end of a step."""
-    return State(step, optimizer.state_dict(), torch.get_rng_state(), extra)
-
-
-def restore(state: State, optimizer: torch.optim.Optimizer) -> None:
-    """Put the optimiser and the random generator where `state` has them."""
-    optimizer.load_state_dict(state.optimizer)
-    torch.set_rng_state(state.random)
+def capture(optimizer: torch.optim.Optimizer, step: int, random: Tensor, **extra: Any) -> State:
+    """The present state of a run at the end of a step; `random` is what dropout draws from."""
+    return State(step, optimizer.state_dict(), random, extra)
 
 
 def _write_weights(folder: Path, built: Built) -> None:

@@ -1,21 +1,60 @@
-"""Checked once before a run: packing must change nothing but speed."""
+"""Checked when a model is built: it computes what transformers does, packed or not."""
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from plait.errors import ModelError
 from plait.stream import Document, IntArray, Layout, pack
-from plait.trainer.build import Built
+from plait.trainer import attention
 from plait.trainer.model import PlaitModel
+
+if TYPE_CHECKING:
+    from plait.trainer.build import Built
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 """Relative difference allowed, by the dtype of the weights: round-off of a deep model, no more.
 A model that mixes documents is off by tenths."""
 
+LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+"""The same for the norm of the difference of logits, beside the norm of their spread."""
+
 _LENGTHS = (20, 33, 27)
 
 
-def packing_difference(built: Built, seed: int = 0) -> float:
+@torch.no_grad()
+def check_language(built: "Built") -> None:
+    """The logits of a short random text must be those of transformers' own forward.
+
+    This finds what no name in a configuration says: a bias or a scale of the output layer, and
+    attention that does not go through ours.
+
+    Raises:
+        ModelError: they are not.
+    """
+    model, language = built.model, built.model.language
+    model.eval()
+    [document] = _random_documents(built, seed=0)[:1]
+    hidden, _ = model.hidden(pack([document], [[]]))
+    ours = model.logits(hidden)
+    language.set_attn_implementation("eager")
+    try:
+        ids = torch.from_numpy(document.token_ids)[None].to(model.device)
+        theirs = language(input_ids=ids, use_cache=False).logits[0].float()
+    finally:
+        language.set_attn_implementation(attention.NAME)
+    difference = float((ours - theirs).norm() / (theirs - theirs.mean()).norm())
+    if not difference <= LOGITS_TOLERANCE[model.output_weight.dtype]:
+        raise ModelError(
+            f"a language model must compute here what it does in transformers; the logits of "
+            f"{built.spec.language} differ by {difference:.1e} of their spread (its output layer "
+            "or its attention is of another kind); choose another family"
+        )
+
+
+def packing_difference(built: "Built", seed: int = 0) -> float:
     """The relative difference of gradients between packed and single documents of random tokens.
 
     Gradients of all trainable parameters are compared as one vector; the losses too.
@@ -32,15 +71,26 @@ def packing_difference(built: Built, seed: int = 0) -> float:
     return max(by_gradient, by_loss)
 
 
-def check_packing(built: Built) -> tuple[bool, float]:
+def check_packing(built: "Built") -> tuple[bool, float]:
     """Whether this model may be packed, and the difference found; switches packing off if not."""
     difference = packing_difference(built)
     allowed = TOLERANCE[built.model.output_weight.dtype]
     built.model.packs = difference <= allowed
+    built.packing_difference = difference
     return built.model.packs, difference
 
 
-def _random_documents(built: Built, seed: int) -> list[Document]:
+def packing_warning(built: "Built") -> str | None:
+    """What to tell the user where this model cannot be packed."""
+    if built.model.packs:
+        return None
+    return (
+        f"packing changes this model's gradients by {built.packing_difference:.1e}; documents run "
+        "one by one"
+    )
+
+
+def _random_documents(built: "Built", seed: int) -> list[Document]:
     generator = np.random.default_rng(seed)
     vocabulary = min(len(built.tokenizer), built.model.output_weight.shape[0])
     return [
@@ -61,7 +111,8 @@ def _document(tokens: IntArray, layout: Layout) -> Document:
 def _loss_and_gradients(model: PlaitModel, documents: list[Document]) -> tuple[Tensor, Tensor]:
     model.zero_grad(set_to_none=True)
     sums = model.compute(pack(documents, [[] for _ in documents]))
-    sums.loss.backward()  # type: ignore[no-untyped-call]
+    if sums.loss.requires_grad:  # a model that only samples trains nothing
+        sums.loss.backward()  # type: ignore[no-untyped-call]
     parts = [p.grad.double().flatten() for _, _, p in model.trainable() if p.grad is not None]
     model.zero_grad(set_to_none=True)
-    return sums.loss.detach().double(), torch.cat(parts)
+    return sums.loss.detach().double(), torch.cat(parts) if parts else torch.zeros(1)

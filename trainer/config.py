@@ -121,9 +121,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "capacity": 2, "accumulate": 1, "warmup": 0, "validate_every": 1,
-                 "checkpoint_every": 1, "keep_checkpoints": 1, "cache_memory_mb": 0}  # fmt: skip
+                 "checkpoint_every": 1, "keep_checkpoints": 1, "cache_memory_mb": 0,
+                 "patience": 1, "max_documents": 1, "workers": 0, "prefetch": 0}  # fmt: skip
         for name, low in least.items():
-            if getattr(self, name) < low:
+            if getattr(self, name) is not None and getattr(self, name) < low:
                 raise ConfigError(
                     f"train.{name} must be at least {low}; it is {getattr(self, name)}"
                 )
@@ -157,6 +158,10 @@ class RunConfig:
     views: Views = field(default_factory=Views)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed must be 0 or more; it is {self.seed}")
 
     @property
     def folder(self) -> Path:

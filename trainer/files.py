@@ -94,9 +94,14 @@ def write_json(path: Path, values: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         with suppress(OSError):
             aside.unlink()
+        if isinstance(error, ValueError):
+            raise CheckpointError(
+                f"{path} cannot be written: {error}; a measure that is not finite shows that the "
+                "training diverged: lower the learning rate, or use a wider dtype"
+            ) from error
         raise CheckpointError(f"{path} cannot be written: {error}; free some space") from error
 
 

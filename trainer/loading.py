@@ -46,10 +46,16 @@ class ItemLoader:
         return self.caches[item.plan.encoder].key(item.part.digest(), view)
 
     def keep(self, items: Sequence[Item], inputs: Sequence[ItemInputs]) -> None:
-        """Encode decoded items of one encoder together and keep their features."""
+        """Encode decoded items of one encoder together and keep their features.
+
+        A batch is filled up to `BATCH` with its last item: kernels that are chosen by the size of
+        a batch round otherwise, and the same picture would have other bits in a batch of one.
+        """
         encoder = self.encoders[items[0].plan.encoder]
         cache = self.caches[items[0].plan.encoder]
-        features = encoder.features([loaded.inputs or {} for loaded in inputs])
+        filled = [loaded.inputs or {} for loaded in inputs]
+        filled += filled[-1:] * (BATCH - len(filled))
+        features = encoder.features(filled)[: len(items)]
         for item, encoded in zip(items, features, strict=True):
             cache.put(self.key(item), encoded)
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -30,25 +30,42 @@ class Phases:
 
     seconds: dict[str, float] = field(default_factory=dict)
     memory_mb: dict[str, float] = field(default_factory=dict)
+    _began: dict[str, float] = field(default_factory=dict, init=False)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         done = threading.Event()
         watcher = threading.Thread(target=self._watch, args=(name, done), daemon=True)
-        start = time.monotonic()
+        self._began[name] = time.monotonic()
         watcher.start()
         try:
             yield
         finally:
             done.set()
             watcher.join()
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+            spent = time.monotonic() - self._began.pop(name)
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
     def _watch(self, name: str, done: threading.Event) -> None:
         while True:
             self.memory_mb[name] = max(self.memory_mb.get(name, 0.0), resident_mb())
             if done.wait(POLL_SECONDS):
                 return
+
+    def state(self, *names: str) -> dict[str, dict[str, float]]:
+        """What a resumed run adds of these phases, their present stretch included."""
+        now = time.monotonic()
+        seconds = {
+            name: self.seconds.get(name, 0.0) + now - self._began.get(name, now) for name in names
+        }
+        return {"seconds": seconds, "memory_mb": {n: self.memory_mb.get(n, 0.0) for n in names}}
+
+    def add(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Count what an earlier process of the same run needed."""
+        for name, seconds in state["seconds"].items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        for name, memory in state["memory_mb"].items():
+            self.memory_mb[name] = max(self.memory_mb.get(name, 0.0), memory)
 
     @property
     def peak_memory_mb(self) -> float:

@@ -20,7 +20,6 @@ from plait.stream import pack as join
 from plait.trainer.build import build, parameter_counts
 from plait.trainer.config import RunConfig
 from plait.trainer.data import open_data
-from plait.trainer.loading import BATCH
 from plait.trainer.optimiser import make_optimizer, prepare_step
 from plait.trainer.phases import Phases
 from plait.trainer.schedule import settings_at
@@ -50,17 +49,19 @@ def plan(config: RunConfig) -> TrainingPlan:
     phases = Phases()
     importlib.import_module("lightning")  # its memory counts, and a run needs it
     with phases("load"):
-        bench = Workbench(config, build(config.model, config.seed), open_data(config.data))
+        built = build(config.model, config.seed, config.data.limits)
+        bench = Workbench(config, built, open_data(config.data))
+        bench.check_held_out()
+        bench.require_rows()
     summary, packs = _packs(bench)
-    items = bench.items_to_cache()
+    batches = bench.batches_to_cache()
     with phases("features"):
-        _encode_largest(bench, items)
+        _encode_largest(bench, batches)
     with phases("evaluation"):
-        samples = (bench.data.test or bench.data.samples(bench.data.splits.train[:1]))[:64]
-        bench.suite.measure(samples)
+        bench.suite.measure(bench.data.test[:64])
     with phases("train"):
         _rehearse(bench, packs)
-    cache_mb = _cache_mb(bench, items)
+    cache_mb = _cache_mb(bench, [item for batch in batches for item in batch])
     splits = bench.data.splits
     return TrainingPlan(
         rows=summary,
@@ -89,13 +90,11 @@ def _packs(bench: Workbench) -> tuple[PlanSummary, list[tuple[int, ...]]]:
     return summarise(measured, packs, capacity=settings.capacity), packs
 
 
-def _encode_largest(bench: Workbench, items: Sequence[Item]) -> None:
-    """Decode and encode the largest pictures together, as the features phase does."""
-    largest = sorted(items, key=lambda item: item.plan.length)[-BATCH:]
-    for name in dict.fromkeys(item.plan.encoder for item in largest):
-        mine = [item for item in largest if item.plan.encoder == name]
-        inputs = [bench.loading.decode(item).inputs or {} for item in mine]
-        bench.encoders[name].features(inputs)
+def _encode_largest(bench: Workbench, batches: Sequence[Sequence[Item]]) -> None:
+    """Decode and encode the batch with the most positions, as the features phase does."""
+    for batch in sorted(batches, key=lambda items: sum(i.plan.length for i in items))[-1:]:
+        inputs = [bench.loading.decode(item).inputs or {} for item in batch]
+        bench.encoders[batch[0].plan.encoder].features(inputs)
 
 
 def _rehearse(bench: Workbench, packs: Sequence[tuple[int, ...]]) -> None:

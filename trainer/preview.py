@@ -9,7 +9,7 @@ from plait.trainer.build import build
 from plait.trainer.config import RunConfig
 from plait.trainer.data import open_data
 from plait.trainer.reports.pages import thumbnail
-from plait.trainer.reports.preview import PreviewSample, PreviewToken, write_preview
+from plait.trainer.reports.preview import TEXT, PreviewSample, PreviewToken, write_preview
 
 THUMBNAIL = 160
 
@@ -20,7 +20,7 @@ def preview(config: RunConfig, rows: int, file: Path) -> Path:
     Raises:
         PlaitError: the recipe, the model or the dataset cannot be used.
     """
-    built = build(config.model, config.seed)
+    built = build(config.model, config.seed, config.data.limits)
     data = open_data(config.data)
     shown = []
     for row in data.splits.train[:rows]:
@@ -45,12 +45,13 @@ def _page_entry(
     media = {}
     for span in document.spans:
         part = document.items[span.item].part
-        media.update(dict.fromkeys(range(span.start, span.stop), (part.medium, span.item)))
+        facts = (part.medium, span.item, span.group)
+        media.update(dict.fromkeys(range(span.start, span.stop), facts))
     ids = [*document.token_ids.tolist(), int(document.targets[-1])]
     tokens = []
     for position, token in enumerate(ids):
-        medium, item = media.get(position, ("text", None))
+        medium, item, group = media.get(position, (TEXT, None, None))
         text = tokenizer.decode([token]) if item is None else ""
-        tokens.append(PreviewToken(text, medium, learned[position], item))
+        tokens.append(PreviewToken(text, medium, learned[position], item, group))
     title = f"{document.length} positions, {sum(w != 0 for w in weights)} learned"
     return PreviewSample(sample.id, title, tokens, pictures)

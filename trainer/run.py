@@ -25,11 +25,17 @@ import torch
 from rich.console import Console
 
 from plait.datasets.ledger import Ledger, empty_state
-from plait.errors import CheckpointError, ConfigError, DataError, Interrupted
+from plait.errors import (
+    CheckpointError,
+    ConfigError,
+    DamagedCheckpointError,
+    Interrupted,
+)
+from plait.modalities import Limits, Text
 from plait.stream import Sample
 from plait.trainer import checkpoint
 from plait.trainer.build import Built, build, parameter_counts
-from plait.trainer.checks import check_packing
+from plait.trainer.checks import packing_warning
 from plait.trainer.config import RunConfig, plain
 from plait.trainer.data import open_data
 from plait.trainer.evaluation.nll import nll, per_token
@@ -39,7 +45,7 @@ from plait.trainer.lightning_run import Hooks, PlaitModule, Progress, fit
 from plait.trainer.phases import Phases
 from plait.trainer.progress import bar
 from plait.trainer.reports.pages import thumbnail
-from plait.trainer.rundir import claim, read_json
+from plait.trainer.rundir import claim, empty, read_json
 from plait.trainer.runlog import LossTable, make_loggers
 from plait.trainer.workbench import Workbench
 
@@ -47,10 +53,14 @@ VERSIONS = ("plait", "torch", "transformers", "peft", "lightning", "tokenizers",
 
 
 class TrainingRun:
-    """One run. `execute` does what is left of it and returns the metrics."""
+    """One run. `execute` does what is left of it and returns the metrics.
 
-    def __init__(self, config: RunConfig, console: Console) -> None:
-        self.config, self.console = config, console
+    Args:
+        fresh: Delete what the folder holds, once the recipe has proved usable.
+    """
+
+    def __init__(self, config: RunConfig, console: Console, fresh: bool = False) -> None:
+        self.config, self.console, self.fresh = config, console, fresh
         self.folder = config.folder
         self.phases = Phases()
         self._stop = threading.Event()
@@ -70,7 +80,7 @@ class TrainingRun:
     def prepare(self) -> Workbench:
         """Load the model, open the rows, and check that packing changes nothing."""
         with self.phases("load"):
-            built = build(self.config.model, self.config.seed)
+            built = build(self.config.model, self.config.seed, self.config.data.limits)
         with self.phases("plan"):
             with bar(self.console, "comparing pictures") as advance:
                 data = open_data(self.config.data, advance)
@@ -78,48 +88,36 @@ class TrainingRun:
             bench.check_held_out()
             for note in data.splits.notes:
                 self.console.print(f"[yellow]note:[/] {note}")
-            self._require_rows(bench)
-        # Nothing is written before the recipe, the model and the rows have proved usable.
+            bench.require_rows()
+        if warning := packing_warning(built):
+            self.console.print(f"[yellow]warning:[/] {warning}")
+        # Nothing is written or deleted before the recipe, the model and the rows proved usable.
+        if self.fresh:
+            empty(self.folder)
         claim(self.folder, self.config)
         remove_leftovers(self.folder / "checkpoints")
-        with self.phases("load"):
-            packs, difference = check_packing(built)
-        if not packs:
-            self.console.print(
-                f"[yellow]warning:[/] packing changes this model's gradients by {difference:.1e}; "
-                "documents run one by one"
-            )
         return bench
-
-    def _require_rows(self, bench: Workbench) -> None:
-        if not bench.data.splits.test:
-            raise DataError(
-                "a run needs test rows and data.split.test is 0 for this dataset; hold some out"
-            )
-        rows = bench.screened
-        if not rows.rows:
-            refused = rows.refused
-            reason = f"; the first: {refused[0].reason}" if refused else ""
-            raise DataError(f"a run needs a usable training row and there is none{reason}")
 
     def compute_features(self, bench: Workbench) -> None:
         with self.phases("features"):
-            items = bench.items_to_cache()
-            if items:
-                with bar(self.console, "computing picture features", len(items)) as advance:
-                    bench.cache_features(items, lambda n: advance(n, None))
+            batches = bench.batches_to_cache()
+            if batches:
+                count = sum(len(batch) for batch in batches)
+                with bar(self.console, "computing picture features", count) as advance:
+                    bench.cache_features(batches, lambda n: advance(n, None))
 
     def measure_before(self, bench: Workbench) -> dict[str, Any]:
         """Measured once per run; a resumed run reads what it wrote."""
         file = self.folder / "before.json"
         if file.is_file():
             found: dict[str, Any] = read_json(file)
+            self.phases.add(found.pop("phases"))
             return found
         with self.phases("before"):
             self.console.print("measuring the untrained model on the test rows")
             measured = asdict(bench.suite.measure(bench.data.test))
             measured["captions"] = bench.suite.captions(self._shown(bench))
-        write_json(file, measured)
+        write_json(file, measured | {"phases": self.phases.state("features", "before")})
         return measured
 
     def _shown(self, bench: Workbench) -> list[Sample]:
@@ -187,38 +185,56 @@ class TrainingRun:
         state = checkpoint.capture(
             module.optimizer,
             step,
+            torch.get_rng_state(),
             loader=loader.state_dict(),
             progress=asdict(module.progress),
             losses=self._losses.state(),
+            phases=self.phases.state("train"),
         )
-        checkpoint.save(self._checkpoints / f"step-{step:06d}", built, state)
-        self._prune(module.progress.best_step)
+        newest = self._checkpoints / f"step-{step:06d}"
+        checkpoint.save(newest, built, state)
+        self._prune(newest, module.progress.best_step)
 
-    def _prune(self, best_step: int) -> None:
+    def _prune(self, newest: Path, best_step: int) -> None:
+        """Keep what was just written and those before it; any later one proved damaged."""
         steps = sorted(self._checkpoints.glob("step-*"))
+        later = [path for path in steps if path.name > newest.name]
+        earlier = [path for path in steps if path.name <= newest.name]
         best = [
             path for path in self._checkpoints.glob("best-*")
             if path.name != f"best-{best_step:06d}"
         ]  # fmt: skip
-        for path in [*steps[: -self.config.train.keep_checkpoints], *best]:
+        for path in [*later, *earlier[: -self.config.train.keep_checkpoints], *best]:
             checkpoint.delete(path)
 
     def _resume(self, built: Built, module: PlaitModule, loader: Any) -> None:
-        """Go on from the newest checkpoint that is whole."""
-        for folder in sorted(self._checkpoints.glob("step-*"), reverse=True):
+        """Go on from the newest checkpoint that is whole.
+
+        Raises:
+            CheckpointError: there are some and none is whole, or they are of another model.
+        """
+        saved = sorted(self._checkpoints.glob("step-*"), reverse=True)
+        for folder in saved:
             try:
                 state = checkpoint.load(folder, built)
-            except CheckpointError as error:
+            except DamagedCheckpointError as error:
                 self.console.print(f"[yellow]warning:[/] {error}")
                 continue
             if state is None:
                 continue
-            checkpoint.restore(state, module.optimizer)
+            module.optimizer.load_state_dict(state.optimizer)
+            torch.set_rng_state(state.random)
             loader.load_state_dict(state.extra["loader"])
             self._losses.restore(state.extra["losses"])
             module.progress = Progress(**state.extra["progress"])
+            self.phases.add(state.extra["phases"])
             self.console.print(f"resuming after step {state.step}")
             return
+        if saved:
+            raise CheckpointError(
+                f"a run goes on from a whole checkpoint, and none of the {len(saved)} in "
+                f"{self._checkpoints} is; add --fresh to begin anew"
+            )
         # What a run that was killed before its first checkpoint wrote is done again. Dropout draws
         # from torch's own generator, which must not depend on what was computed before.
         torch.manual_seed(self.config.seed)
@@ -263,7 +279,7 @@ class TrainingRun:
             after = bench.suite.captions(shown)
         before = dict(before)
         write_json(self.folder / "captions.json", [
-            _caption_row(sample, old, new)
+            _caption_row(sample, old, new, self.config.data.limits)
             for sample, old, new in zip(shown, before.pop("captions"), after, strict=True)
         ])  # fmt: skip
         metrics = self._metrics(bench, before, measured, progress)
@@ -306,14 +322,12 @@ class TrainingRun:
         }
 
 
-def _caption_row(sample: Sample, before: str, after: str) -> dict[str, Any]:
-    from plait.modalities import Text
-
+def _caption_row(sample: Sample, before: str, after: str, limits: Limits) -> dict[str, Any]:
     media = sample.media()
     answer = sample.messages[-1].parts
     return {
         "id": sample.id,
-        "picture": thumbnail(media[0].decode(), 160) if media else "",
+        "picture": thumbnail(media[0].decode(limits), 160) if media else "",
         "reference": "".join(part.text for part in answer if isinstance(part, Text)),
         "before": before,
         "after": after,
@@ -321,18 +335,21 @@ def _caption_row(sample: Sample, before: str, after: str) -> dict[str, Any]:
     }
 
 
-def train(config: RunConfig, console: Console) -> dict[str, Any] | None:
+def train(config: RunConfig, console: Console, *, fresh: bool = False) -> dict[str, Any] | None:
     """Do what is left of a run; None where it is already finished.
+
+    Args:
+        fresh: Begin anew whatever the folder holds.
 
     Raises:
         ConfigError: the folder holds a run with another recipe.
     """
     finished = config.folder / "metrics.json"
-    if finished.is_file():
+    if finished.is_file() and not fresh:
         if read_json(config.folder / "run.json") != plain(config):
             raise ConfigError(
                 f"{config.folder} holds a finished run with another recipe; choose another run_dir "
                 "or add --fresh to delete it"
             )
         return None
-    return TrainingRun(config, console).execute()
+    return TrainingRun(config, console, fresh).execute()

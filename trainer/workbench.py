@@ -1,6 +1,7 @@
 """What training, planning, previewing and sampling all begin with: model, rows, loaders."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,7 +19,7 @@ from plait.stream import Document, Item, Sample, check_placeholders, render
 from plait.trainer.build import Built
 from plait.trainer.config import RunConfig
 from plait.trainer.data import RunData
-from plait.trainer.evaluation.reader import Reader
+from plait.trainer.evaluation.reader import Reader, batched
 from plait.trainer.evaluation.suite import Suite
 from plait.trainer.loading import BATCH, ItemLoader, cacheable
 
@@ -145,6 +146,21 @@ class Workbench:
             notes=(*splits.notes, *notes.values()),
         )
 
+    def require_rows(self) -> None:
+        """
+        Raises:
+            DataError: there is no row to test on, or none to train on.
+        """
+        if not self.data.splits.test:
+            raise DataError(
+                "a run needs test rows and data.split.test is 0 for this dataset; hold some out"
+            )
+        rows = self.screened
+        if not rows.rows:
+            refused = rows.refused
+            reason = f"; the first: {refused[0].reason}" if refused else ""
+            raise DataError(f"a run needs a usable training row and there is none{reason}")
+
     def _read(self, row: int) -> None:
         sample = self.data.records[row]
         try:
@@ -153,23 +169,29 @@ class Workbench:
         except DataError as error:
             raise placed(error, sample.origin) from error
 
-    def items_to_cache(self) -> list[Item]:
-        """Items of frozen encoders that the run will read and no cache holds yet, each once.
+    def batches_to_cache(self) -> list[list[Item]]:
+        """What the run will read of frozen encoders and the caches lack, in batches to encode.
 
-        Training rows in all their views, held-out rows as they are. Rows that cannot be read are
-        left for the loader to meet.
+        Training rows in all their views, held-out rows as they are, each item once. A batch with
+        one missing item is encoded whole: the last bits of features may depend on what is encoded
+        beside them, and must not depend on where an earlier process was killed. Rows that cannot
+        be read are left for the loader to meet.
         """
-        views = range(self.config.views.count)
-        wanted: dict[str, Item] = {}
-        splits = self.data.splits
+        splits, views = self.data.splits, range(self.config.views.count)
+        found: dict[str, dict[str, Item]] = {name: {} for name in self.loading.caches}
         for row in splits.train:
             for item in self._items(row):
                 for view in views:
-                    self._want(wanted, replace(item, view=view))
+                    self._note(found, replace(item, view=view))
         for row in [*splits.validation, *splits.test]:
             for item in self._items(row):
-                self._want(wanted, item)
-        return list(wanted.values())
+                self._note(found, item)
+        return [
+            [items[key] for key in keys]
+            for name, items in found.items()
+            for keys in batched(list(items), BATCH)
+            if any(self.loading.caches[name].get(key) is None for key in keys)
+        ]
 
     def _items(self, row: int) -> Sequence[Item]:
         try:
@@ -177,28 +199,18 @@ class Workbench:
         except DataError:
             return ()
 
-    def _want(self, wanted: dict[str, Item], item: Item) -> None:
-        cache = self.loading.caches.get(item.plan.encoder)
-        if cache is None:
-            return
-        try:
-            key = self.loading.key(item)
-        except DataError:
-            return
-        if key not in wanted and cache.get(key) is None:
-            wanted[key] = item
+    def _note(self, found: dict[str, dict[str, Item]], item: Item) -> None:
+        if item.plan.encoder in found:
+            with suppress(DataError):
+                found[item.plan.encoder].setdefault(self.loading.key(item), item)
 
-    def cache_features(self, items: Sequence[Item], done: Callable[[int], None]) -> None:
-        """Encode `items` and keep their features; `done` is called with each batch's size."""
+    def cache_features(self, batches: Sequence[Sequence[Item]], done: Callable[[int], None]
+                       ) -> None:  # fmt: skip
+        """Encode batches and keep their features; `done` is called with each batch's size."""
         executor = Executor(max(1, self.config.train.workers), ahead=2)
-        for results in executor.map(self.loading.decode, _batches(items)):
-            good = [(r.task, r.value) for r in results if r.value is not None]
-            for name in dict.fromkeys(item.plan.encoder for item, _ in good):
-                mine = [(item, value) for item, value in good if item.plan.encoder == name]
-                self.loading.keep(*zip(*mine, strict=True))
-            done(len(results))
-
-
-def _batches(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
-    for start in range(0, len(items), BATCH):
-        yield items[start : start + BATCH]
+        with closing(executor.map(self.loading.decode, batches)) as decoded:
+            for results in decoded:
+                good = [(r.task, r.value) for r in results if r.value is not None]
+                if good:
+                    self.loading.keep(*zip(*good, strict=True))
+                done(len(results))

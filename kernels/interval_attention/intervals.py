@@ -4,7 +4,6 @@ Shape letters: T queries, S keys.
 """
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -111,9 +110,3 @@ def _tile(lo: Tensor, hi: Tensor, start: int, stop: int) -> Tile:
     index = torch.arange(key_start, key_stop)
     mask = (index >= lo[start:stop, None]) & (index < hi[start:stop, None])
     return Tile(start, stop, key_start, key_stop, causal=False, mask=mask)
-
-
-@lru_cache(maxsize=64)
-def causal_intervals(length: int) -> Intervals:
-    """One causal document of `length` positions."""
-    return Intervals(torch.zeros(length, dtype=torch.long), torch.arange(1, length + 1))

@@ -125,7 +125,7 @@ def _finish(row: _Row, sample: Sample, layout: Layout, for_generation: bool) -> 
         positions = positions[..., :-1]
     return Document(
         token_ids=inputs,
-        targets=np.where(learned != 0, targets, 0),
+        targets=np.where(targets == layout.placeholder_id, 0, targets),
         weights=learned,
         positions=positions,
         spans=tuple(row.spans),

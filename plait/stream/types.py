@@ -92,7 +92,8 @@ class Encoded:
 class Document:
     """A rendered sample: T positions, what each should predict, and what fills the media.
 
-    `targets[i]` is the token after position i; `weights[i]` is 0 where nothing is learned.
+    `targets[i]` is the token after position i, 0 where that is a media item (whose placeholder
+    need not be a token) and throughout a prompt; `weights[i]` is 0 where nothing is learned.
     `positions` is (T,) or (3, T). Documents of one `group` stay in one micro-batch.
     """
 

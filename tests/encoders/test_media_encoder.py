@@ -110,14 +110,14 @@ def test_another_medium_is_refused(make_encoder: Any, make_picture: Any) -> None
 
 def test_the_fingerprint_changes_with_what_it_says(make_encoder: Any) -> None:
     encoder = make_encoder()
-    first = encoder.features_fingerprint()
-    assert first == encoder.features_fingerprint()
+    first = encoder.fingerprint()
+    assert first == encoder.fingerprint()
     pooled = make_encoder(pool="grid", height=2, width=2)
     pooled.encoder.load_state_dict(encoder.encoder.state_dict())
-    assert pooled.features_fingerprint() != first
+    assert pooled.fingerprint() != first
     assert pooled.encoder.fingerprint() == encoder.encoder.fingerprint()
     encoder.encoder.net[0].bias.data[0] += 1e-3
-    assert encoder.features_fingerprint() != first
+    assert encoder.fingerprint() != first
     assert encoder.encoder.double().fingerprint() != encoder.encoder.float().fingerprint()
 
 

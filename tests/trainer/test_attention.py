@@ -72,9 +72,8 @@ def gemma2(folder: Path, tokenizer: Path, **options: Any) -> Path:
 
 def test_a_cap_on_scores_is_refused_and_one_on_logits_is_kept(lab: Any, tmp_path: Path) -> None:
     capped = gemma2(tmp_path / "a", lab.language, attn_logit_softcapping=50.0)
-    built = lab.build(language=str(capped))
     with pytest.raises(ModelError, match="Gemma2Attention asks attention for 'softcap'"):
-        built.model.compute(lab.stream(built, lab.samples))
+        lab.build(language=str(capped))
 
     options = {"attn_logit_softcapping": None, "final_logit_softcapping": 0.5}
     built = lab.build(language=str(gemma2(tmp_path / "b", lab.language, **options)), lora=None)

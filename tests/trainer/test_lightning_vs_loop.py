@@ -24,7 +24,7 @@ STEPS = 4
 
 
 def recipe(values: dict[str, Any], accumulate: int, cached: bool, folder: Path) -> RunConfig:
-    lora = values["model"]["lora"] | {"dropout": 0.0}
+    assert values["model"]["lora"]["dropout"] > 0
     training = values["train"] | {
         "steps": STEPS, "accumulate": accumulate, "cache_features": cached, "grad_clip_norm": 0.5,
         "weight_decay": 0.1, "part_learning_rates": {"projector": 0.002},
@@ -32,7 +32,6 @@ def recipe(values: dict[str, Any], accumulate: int, cached: bool, folder: Path) 
     return config_from(
         values | {
             "run_dir": str(folder),
-            "model": values["model"] | {"lora": lora},
             "views": {"count": 1},
             "train": training,
             "evaluation": {"captions": 1},

@@ -21,7 +21,6 @@ from plait.encoders.layouts.plain import PlainLayout
 from plait.encoders.media_encoder import MediaEncoder
 from plait.encoders.projectors import create_pool, create_projector
 from plait.errors import ConfigError, DataError, ModelError, Origin, PlaitError
-from plait.modalities import Limits
 from plait.stream import Encoded, Sample, check_placeholders, pack, render
 from plait.trainer.build import Built, load_language, load_tokenizer
 from plait.trainer.engine.commands import ForwardBackward, OptimStep
@@ -149,7 +148,7 @@ def test_media_of_an_unknown_encoder_are_refused(lab: Any) -> None:
 def test_a_trainable_parameter_out_of_reach_is_named(lab: Any) -> None:
     built = lab.build()
     built.model.media_encoder("hf_vision").projector.register_module("lost", nn.Linear(2, 2))
-    executor = Executor(built, Limits())
+    executor = Executor(built)
     documents, _ = lab.documents(built, lab.samples)
     executor.execute(ForwardBackward(documents, [[0, 1, 2, 3]]))
     before = {name: p.clone() for _, name, p in built.model.trainable()}
@@ -161,7 +160,7 @@ def test_a_trainable_parameter_out_of_reach_is_named(lab: Any) -> None:
 @pytest.mark.parametrize("train", TRAIN)
 def test_what_is_marked_trainable_moves_and_nothing_else(lab: Any, train: tuple[str, ...]) -> None:
     built = lab.build(train=train)
-    executor = Executor(built, Limits())
+    executor = Executor(built)
     before = {name: value.clone() for name, value in built.model.state_dict().items()}
     documents, _ = lab.documents(built, lab.samples)
     executor.execute(ForwardBackward(documents, [[0, 1], [2, 3]]))

@@ -162,18 +162,20 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 
 def test_the_preview_marks_media_and_loss(tmp_path: Path) -> None:
     tokens = [PreviewToken("<|user|>"), PreviewToken("\n")]
-    tokens += [PreviewToken("", "image", group=0)] * 9
+    tokens += [PreviewToken("", "image", item=0)] * 9
+    tokens += [PreviewToken("", "image", item=1, group=1)] * 4
     tokens += [PreviewToken(" a", weight=1.0), PreviewToken(" <b>", weight=0.5)]
     picture = thumbnail(np.full((10, 10, 3), 200, np.uint8), 8)
-    sample = PreviewSample("x/1", "a & b", tokens, [picture], "turned by 4°")
+    other = thumbnail(np.full((10, 10, 3), 90, np.uint8), 8)
+    sample = PreviewSample("x/1", "a & b", tokens, [picture, other], "turned by 4°")
     page = Page(write_preview([sample], tmp_path / "deep" / "preview.html"))
     learned = page.of("span", "learned")[2:]  # the first two stand in the key
     assert [chip["title"] for chip in learned] == ["weight 1", "weight 0.5"]
     assert "less" in str(learned[1]["class"])
-    assert len(page.of("i")) == 9
-    assert [image["src"] for image in page.of("img")] == [picture]
-    assert "13 positions: 4 text, 9 image; 2 learned, total weight 1.5" in page.text
-    assert "see one another both ways" in page.text
+    assert len(page.of("i")) == 9 + 4
+    assert [image["src"] for image in page.of("img")] == [picture, other]
+    assert "17 positions: 4 text, 13 image; 2 learned, total weight 1.5" in page.text
+    assert page.text.count("see one another both ways") == 1
     assert "<|user|>" in page.text
     assert "a & b" in page.text
     assert not page.of("b") or "turned by 4°" in page.text

@@ -9,7 +9,6 @@ from typing import Any
 
 from plait.datasets.packing import best_fit, make_units
 from plait.errors import DataError, ModelError
-from plait.modalities import Limits
 from plait.stream import Document
 from plait.trainer.build import Built
 from plait.trainer.engine.commands import Command, ForwardBackward
@@ -33,11 +32,9 @@ class Engine:
     With one rank the executor runs in the controller's own worker thread.
     """
 
-    def __init__(
-        self, built: Built, settings: EngineSettings | None = None, limits: Limits | None = None
-    ) -> None:
+    def __init__(self, built: Built, settings: EngineSettings | None = None) -> None:
         self.built, self.settings = built, settings or EngineSettings()
-        self._executor = Executor(built, limits or Limits())
+        self._executor = Executor(built)
         self._commands: queue.SimpleQueue[tuple[Command, Future[Any]] | None] = queue.SimpleQueue()
         self._closed = False
         self._lock = threading.Lock()

@@ -1,5 +1,6 @@
 """One rank's half of the engine: owns the model, the gradients and the optimiser."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor
 
 from plait.errors import CheckpointError, ModelError, UnknownNameError
-from plait.modalities import Limits
 from plait.stream import Document, Item, ItemInputs, pack
 from plait.trainer import checkpoint
 from plait.trainer.build import Built
@@ -27,6 +27,8 @@ from plait.trainer.model import Sums
 from plait.trainer.optimiser import make_optimizer, prepare_step, refuse_untrained
 from plait.trainer.sampling.sampler import generate
 
+_PROCESS_RANDOM = threading.Lock()
+
 
 class Executor:
     """Executes commands one at a time, in order.
@@ -34,8 +36,9 @@ class Executor:
     A command that fails leaves weights, gradients and optimiser as they were.
     """
 
-    def __init__(self, built: Built, limits: Limits) -> None:
-        self.built, self.model, self.limits = built, built.model, limits
+    def __init__(self, built: Built) -> None:
+        self.built, self.model = built, built.model
+        self.random = torch.Generator().manual_seed(built.seed).get_state()
         self.optimizer = make_optimizer(self.model)
         self.steps = 0
         self.pending_weight = 0.0
@@ -57,7 +60,11 @@ class Executor:
     def forward_backward(self, command: ForwardBackward) -> list[DocumentResult]:
         results: list[DocumentResult | None] = [None] * len(command.documents)
         self.model.train(command.backward)
-        with self._unchanged_on_failure(), torch.set_grad_enabled(command.backward):
+        with (
+            self._unchanged_on_failure(),
+            self._own_random(),
+            torch.set_grad_enabled(command.backward),
+        ):
             for indices in command.micro_batches:
                 documents = [command.documents[i] for i in indices]
                 stream = pack(documents, [self._load(document) for document in documents])
@@ -82,7 +89,18 @@ class Executor:
 
     def _load_item(self, item: Item) -> ItemInputs:
         encoder = self.model.media_encoder(item.plan.encoder).encoder
-        return ItemInputs(inputs=encoder.process(item.part.decode(self.limits)))
+        return ItemInputs(inputs=encoder.process(item.part.decode(self.built.limits)))
+
+    @contextmanager
+    def _own_random(self) -> Iterator[None]:
+        """Dropout draws from this engine's own state, whatever else this process draws.
+
+        torch's layers know the process's generator only, hence the lock.
+        """
+        with _PROCESS_RANDOM, torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.random)
+            yield
+            self.random = torch.get_rng_state()
 
     @contextmanager
     def _unchanged_on_failure(self) -> Iterator[None]:
@@ -166,7 +184,7 @@ class Executor:
                 "save_state keeps the end of a step, and gradients are pending; call optim_step "
                 "before it"
             )
-        state = checkpoint.capture(self.optimizer, self.steps)
+        state = checkpoint.capture(self.optimizer, self.steps, self.random)
         checkpoint.save(command.folder, self.built, state)
 
     def load_state(self, command: LoadState) -> None:
@@ -176,8 +194,8 @@ class Executor:
                 raise CheckpointError(
                     f"checkpoint {command.folder} holds weights only; use load_state"
                 )
-            checkpoint.restore(state, self.optimizer)
-            self.steps = state.step
+            self.optimizer.load_state_dict(state.optimizer)
+            self.random, self.steps = state.random, state.step
         self.optimizer.zero_grad(set_to_none=True)
         self.pending_weight = 0.0
 

@@ -10,16 +10,17 @@ from plait.trainer.model import PlaitModel
 from plait.trainer.sampling.sampler import SamplerSettings, generate
 
 MAX_TOKENS = 24
+PROMPTS_AT_ONCE = 16
 
 
 def captions(
     model: PlaitModel, reader: Reader, tokenizer: Any, layout: Layout, samples: Sequence[Sample]
 ) -> list[str]:
     """The model's greedy answer to each sample's prompt, as text."""
-    if not samples:
-        return []
-    prompts = reader.documents([prompt_of(sample) for sample in samples], for_generation=True)
-    documents, inputs = zip(*prompts, strict=True)
     settings = SamplerSettings(max_tokens=MAX_TOKENS, temperature=0)
-    found = generate(model, tokenizer, layout, documents, inputs, settings)
-    return [tokenizer.decode(rows[0].tokens, skip_special_tokens=True).strip() for rows in found]
+    texts: list[str] = []
+    for some in reader.prompts([prompt_of(sample) for sample in samples], PROMPTS_AT_ONCE):
+        documents, inputs = zip(*some, strict=True)
+        for rows in generate(model, tokenizer, layout, documents, inputs, settings):
+            texts.append(tokenizer.decode(rows[0].tokens, skip_special_tokens=True).strip())
+    return texts

@@ -29,14 +29,12 @@ def class_accuracy(
     """
     model.eval()
     names = [tokenizer(f"{name}:", add_special_tokens=False).input_ids for name in classes]
-    prompts = reader.documents([prompt_of(sample) for sample in samples], for_generation=True)
-    right = 0
-    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-        some = prompts[start : start + PROMPTS_AT_ONCE]
-        scores = _scores(model, layout, some, names)
-        for sample, best in zip(samples[start:], scores.argmax(1).tolist(), strict=False):
-            right += classes[best] == sample.label
-    return right / len(samples)
+    prompts = [prompt_of(sample) for sample in samples]
+    best: list[int] = []
+    for some in reader.prompts(prompts, PROMPTS_AT_ONCE):
+        best += _scores(model, layout, some, names).argmax(1).tolist()
+    right = [classes[i] == sample.label for i, sample in zip(best, samples, strict=True)]
+    return sum(right) / len(samples)
 
 
 def prompt_of(sample: Sample) -> Sample:

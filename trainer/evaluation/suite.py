@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from plait.modalities import Text
 from plait.stream import Layout, Sample
 from plait.trainer.evaluation.captions import captions
 from plait.trainer.evaluation.classes import class_accuracy
@@ -70,9 +71,20 @@ class Suite:
                 "class_accuracy needs labels of at least two classes; this dataset has none"
             )
             return
+        if not all(_answer(sample).startswith(f"{sample.label}:") for sample in samples):
+            measured.notes.append(
+                "class_accuracy needs answers that begin with `<class>:`; set the captions' "
+                'template to "{class}: {text}"'
+            )
+            return
         measured.class_accuracy = class_accuracy(
             self.model, self.reader, self.tokenizer, self.layout, samples, self.classes
         )
 
     def captions(self, samples: Sequence[Sample]) -> list[str]:
         return captions(self.model, self.reader, self.tokenizer, self.layout, samples)
+
+
+def _answer(sample: Sample) -> str:
+    """The text of the last turn."""
+    return "".join(part.text for part in sample.messages[-1].parts if isinstance(part, Text))

@@ -16,20 +16,21 @@ TEXT = "text"
 class PreviewToken:
     """One position.
 
-    `text` is what it stands for; `medium` is "text" or what fills it ("image"); `weight` is its
-    share in the loss, 0 where nothing is learned; `group` numbers positions that see one another
-    both ways.
+    `text` is what it stands for; `medium` is "text" or what fills it ("image"), and `item` the
+    number of that picture in the sample; `weight` is its share in the loss, 0 where nothing is
+    learned; `group` numbers positions that see one another both ways.
     """
 
     text: str
     medium: str = TEXT
     weight: float = 0.0
+    item: int | None = None
     group: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PreviewSample:
-    """A rendered sample; `pictures` are data URIs, one for each run of media positions."""
+    """A rendered sample; `pictures` are data URIs, one for each media item."""
 
     id: str
     title: str
@@ -49,13 +50,12 @@ def write_preview(samples: Sequence[PreviewSample], path: Path) -> Path:
 
 def _view(sample: PreviewSample) -> dict[str, Any]:
     counts = Counter(token.medium for token in sample.tokens)
-    pictures = iter(sample.pictures)
     runs = []
-    for medium, tokens in groupby(sample.tokens, key=lambda token: token.medium):
-        if medium == TEXT:
+    for (medium, item), tokens in groupby(sample.tokens, key=lambda t: (t.medium, t.item)):
+        if item is None:
             runs.append({"medium": TEXT, "tokens": [_chip(token) for token in tokens]})
         else:
-            runs.append(_media_run(medium, list(tokens), next(pictures, "")))
+            runs.append(_media_run(medium, list(tokens), sample.pictures[item]))
     return {
         "id": sample.id,
         "title": sample.title,
