@@ -11,6 +11,7 @@ Calls return futures at once and are executed in the order of submission.
 
 import asyncio
 import uuid
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -19,10 +20,11 @@ from typing import Any, Generic, Self, TypeVar
 
 from plait.datasets.fetch import home
 from plait.errors import ConfigError, DataError, UnknownNameError
-from plait.modalities import Image, MediaPart, Part, Text
+from plait.modalities import Image, Limits, MediaPart, Part, Text
 from plait.stream import Document, Message, Sample, render
 from plait.trainer import checkpoint
 from plait.trainer.build import Built, build, parameter_counts
+from plait.trainer.checks import packing_warning
 from plait.trainer.config import spec_from
 from plait.trainer.engine import commands
 from plait.trainer.engine.controller import Engine, EngineSettings
@@ -95,10 +97,17 @@ class ServiceClient:
 
     Args:
         folder: Where `save_state` puts its files; `$PLAIT_HOME/runs` by default.
+        limits: How large a media file may be before it is refused.
     """
 
-    def __init__(self, folder: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        *,
+        limits: Limits = Limits(),  # noqa: B008  (frozen)
+    ) -> None:
         self.folder = Path(folder) if folder is not None else home() / "runs"
+        self.limits = limits
 
     def create_lora_training_client(
         self,
@@ -155,7 +164,7 @@ class ServiceClient:
         engine: EngineSettings | None = None,
     ) -> "TrainingClient":
         """A training client for a whole `ModelSpec`; full fine-tuning with `lora=None`."""
-        built = build(spec, seed or 0)
+        built = self._build(spec, seed or 0)
         return TrainingClient(Engine(built, engine), self.folder, dict(user_metadata or {}))
 
     def create_sampling_client(
@@ -171,11 +180,17 @@ class ServiceClient:
             raise ConfigError("give either model_path or base_model")
         if model_path is None:
             spec = ModelSpec(language=str(base_model), train=("language",))
-            return SamplingClient(Engine(build(spec, 0)), None)
+            return SamplingClient(Engine(self._build(spec, 0)), None)
         folder = weights_folder(str(model_path), self.folder)
-        built = build(spec_from(checkpoint.verify(folder)["spec"]), 0)
+        built = self._build(spec_from(checkpoint.verify(folder)["spec"]), 0)
         checkpoint.load(folder, built, with_state=False)
         return SamplingClient(Engine(built), None)
+
+    def _build(self, spec: ModelSpec, seed: int) -> Built:
+        built = build(spec, seed, self.limits)
+        if warning := packing_warning(built):
+            warnings.warn(warning, stacklevel=4)
+        return built
 
 
 def _targets(attention: bool, mlp: bool) -> tuple[str, ...]:

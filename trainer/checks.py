@@ -40,6 +40,11 @@ def check_language(built: "Built") -> None:
     hidden, _ = model.hidden(pack([document], [[]]))
     ours = model.logits(hidden)
     language.set_attn_implementation("eager")
+    if language.config._attn_implementation != "eager":  # such a family says so and goes on
+        raise ModelError(
+            f"a language model's attention must be replaceable, and that of {built.spec.language} "
+            "is not; choose another family"
+        )
     try:
         ids = torch.from_numpy(document.token_ids)[None].to(model.device)
         theirs = language(input_ids=ids, use_cache=False).logits[0].float()

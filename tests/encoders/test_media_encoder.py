@@ -1,10 +1,16 @@
 """Frozen means frozen, BatchNorm never trains, and a micro-batch without media still touches."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from plait.encoders.base import Encoder, Grid, Inputs
+from plait.encoders.media_encoder import MediaEncoder
 from plait.encoders.projectors import create_pool, create_projector
 from plait.errors import ConfigError, DataError, ModelError, Origin, UnknownNameError
 from plait.modalities import Image
@@ -174,3 +180,35 @@ def test_identity_has_nothing_to_touch(make_encoder: Any, make_picture: Any) -> 
     assert encoder.touch().item() == 0 and not encoder.touch().requires_grad
     features = encoder.features(loaded(encoder, [make_picture(8, 8)]))
     assert torch.equal(encoder.project(features)[0].embeddings, features[0].embeddings)
+
+
+class Cells(Encoder):
+    """Means of cells of 4 x 4 pixels: a tower without parameters."""
+
+    medium = "image"
+    width = 3
+
+    def plan(self, header: Any) -> Grid:
+        return 1, header.height // 4, header.width // 4
+
+    def process(self, array: NDArray[np.uint8]) -> dict[str, Tensor]:
+        return {"pixels": torch.from_numpy(array).permute(2, 0, 1).float() / 255}
+
+    def forward(self, inputs: Sequence[Inputs]) -> list[Encoded]:
+        grids = [torch.nn.functional.avg_pool2d(item["pixels"], 4) for item in inputs]
+        return [Encoded(grid.flatten(1).T, grid=(1, *grid.shape[1:])) for grid in grids]
+
+    def processing(self) -> str:
+        return "means of 4 x 4"
+
+
+def test_a_tower_may_have_no_parameters(make_picture: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    projector = create_projector("linear", 3, 8, embedding_std=0.1, generator=generator)
+    encoder = MediaEncoder(Cells("cells"), create_pool("keep"), projector)
+    encoder.touch().backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in projector.parameters())
+    [encoded] = encoder([ItemInputs(encoder.encoder.process(make_picture(8, 12)))])
+    assert encoded.embeddings.shape == (6, 8)
+    assert encoder.encoder.dtype == torch.float32
+    assert len(encoder.fingerprint()) == 64

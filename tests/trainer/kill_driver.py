@@ -28,6 +28,7 @@ from PIL import Image
 
 from plait import cli
 from plait.datasets.ledger import Ledger
+from plait.encoders.feature_cache import FeatureCache
 from plait.trainer import checkpoint, files, run
 from plait.trainer.lightning_run import PlaitModule
 from plait.trainer.model import PlaitModel
@@ -80,6 +81,7 @@ def _to_step(path: Path, *_: Any) -> bool:
 
 PHASES: dict[str, Callable[[Kill], None]] = {
     "nothing": lambda _: None,
+    "computing features": lambda kill: around(FeatureCache, "put", kill),
     "forward pass": lambda kill: around(
         PlaitModel, "compute", kill, when=lambda model, *_: model.training
     ),

@@ -38,7 +38,9 @@ def stepped(built: Built) -> checkpoint.State:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
     optimizer.param_groups[0]["lr"] = 0.03
     optimizer.step()
-    return checkpoint.capture(optimizer, 7, torch.Generator().manual_seed(42).get_state(), note={"rows": [1, 2]})
+    return checkpoint.capture(
+        optimizer, 7, torch.Generator().manual_seed(42).get_state(), note={"rows": [1, 2]}
+    )
 
 
 def tensors(built: Built) -> dict[str, torch.Tensor]:

@@ -204,3 +204,32 @@ def test_rates_rise_linearly_and_fall_along_a_cosine() -> None:
     settings = settings_at(1, config)
     assert settings.part_learning_rates == {"projector": 1.0}
     assert (settings.weight_decay, settings.grad_clip_norm) == (0.3, 0.7)
+
+
+def test_dropout_draws_from_the_engine_s_own_state(tiny_values: dict[str, Any]) -> None:
+    """Two engines in one process, and whatever else draws, change nothing of one another."""
+    spec = replace(config_from(tiny_values).model, encoders={}, lora=LoraSpec(rank=2, dropout=0.5))
+
+    def losses(engines: list[Engine]) -> list[list[float]]:
+        found: list[list[float]] = [[] for _ in engines]
+        for _ in range(3):
+            for mine, engine in zip(found, engines, strict=True):
+                torch.rand(1)
+                [result] = engine.forward_backward([document(10)], backward=True).result()
+                mine.append(result.loss)
+        for engine in engines:
+            engine.close()
+        return found
+
+    def made(seed: int) -> Engine:
+        built = build(spec, seed)
+        for _, name, parameter in built.model.trainable():
+            if "lora_B" in name:  # zeros at the start, where dropout changes nothing
+                torch.nn.init.ones_(parameter)
+        return Engine(built)
+
+    [alone] = losses([made(0)])
+    assert len(set(alone)) == 3
+    beside, other = losses([made(0), made(1)])
+    assert beside == alone
+    assert other != alone

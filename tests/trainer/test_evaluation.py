@@ -202,3 +202,30 @@ def test_streams_hold_every_sample_once_within_their_size() -> None:
     assert [n for group in groups for n in group] == list(range(7))
     assert all(len(g) == 1 or sum(lengths[n] for n in g) <= 10 for g in groups)
     assert groups[0] == [0, 1]
+
+
+def test_samples_are_loaded_a_few_groups_ahead_at_most(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "STREAM_POSITIONS", 40)
+    built = lab.build()
+    reader = make_reader(lab, built)
+    loaded: list[Any] = []
+    load = reader.load
+    reader.load = lambda item: (loaded.append(item), load(item))[1]
+    samples = labelled(lab, 30)
+    groups = reader.streams(samples)
+    first, _ = next(groups)
+    assert len(loaded) <= 4 * (len(first) + 1) < len(samples)
+    held = first + [number for some, _ in groups for number in some]
+    assert held == list(range(30))
+    assert len(loaded) == 30
+
+
+def test_classes_that_no_answer_begins_with_are_not_measured(lab: Any) -> None:
+    built = lab.build()
+    suite = Suite(built.model, make_reader(lab, built), built.tokenizer, built.layout, CLASSES)
+    samples = [lab.sample("a red disc", 1, label=CLASSES[n % 3]) for n in range(6)]
+    measured = suite.measure(samples)
+    assert measured.class_accuracy is None
+    assert any("answers that begin with `<class>:`" in note for note in measured.notes)

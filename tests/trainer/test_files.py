@@ -118,3 +118,11 @@ def test_others_write_failures_become_ours(tmp_path: Path) -> None:
         writing(tmp_path / "logs"),
     ):
         raise OSError(28, "No space left on device")
+
+
+def test_a_measure_that_is_not_finite_is_said_to_be(tmp_path: Path) -> None:
+    write_json(tmp_path / "metrics.json", {"nll": 1.0})
+    with pytest.raises(CheckpointError, match="training diverged: lower the learning rate"):
+        write_json(tmp_path / "metrics.json", {"nll": float("nan")})
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"nll": 1.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]

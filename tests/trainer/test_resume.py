@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from plait.trainer.checkpoint import verify
 DRIVER = Path(__file__).with_name("kill_driver.py")
 
 MOMENTS = {
+    "computing features": 20,
     "forward pass": 11,
     "accumulation": 9,
     "optimiser step": 9,
@@ -47,6 +49,7 @@ class Driver:
     """The fork server of kill_driver.py."""
 
     def __init__(self, home: Path) -> None:
+        self.home = home
         self.environment = os.environ | {"PLAIT_HOME": str(home), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, DRIVER],
@@ -58,6 +61,8 @@ class Driver:
 
     def run(self, folder: Path, phase: str = "nothing", nth: int = 1, disk: int = 0) -> int:
         """Exit code of one attempt; -9 where it was killed. `disk` is in kilobytes."""
+        if phase == "computing features":
+            shutil.rmtree(self.home / "features", ignore_errors=True)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         asked = {"folder": str(folder), "phase": phase, "nth": nth, "disk": disk}

@@ -1,8 +1,11 @@
 """A run in one process: its files, its ledger, and how it stops."""
 
 import csv
+import io
 import json
+import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +14,29 @@ import torch
 from PIL import Image as PILImage
 from rich.console import Console
 
-from plait.errors import ConfigError, DataError, FailureBudgetError
+from plait.encoders import feature_cache
+from plait.errors import CheckpointError, ConfigError, DataError, FailureBudgetError
+from plait.modalities import Limits
+from plait.trainer import build
 from plait.trainer.config import RunConfig, config_from
 from plait.trainer.data import open_data
 from plait.trainer.lightning_run import PlaitModule
-from plait.trainer.run import train
+from plait.trainer.run import TrainingRun, train
 
 QUIET = Console(quiet=True)
+
+
+def four_steps(tiny_values: dict[str, Any]) -> dict[str, Any]:
+    return tiny_values | {
+        "train": tiny_values["train"] | {"steps": 4, "validate_every": 2, "checkpoint_every": 2},
+        "evaluation": {"captions": 2},
+    }
 
 
 @pytest.fixture
 def values(tiny_values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """Four steps, in a folder of the test's own."""
-    return tiny_values | {
-        "run_dir": str(tmp_path / "run"),
-        "train": tiny_values["train"] | {"steps": 4, "validate_every": 2, "checkpoint_every": 2},
-        "evaluation": {"captions": 2},
-    }
+    return four_steps(tiny_values) | {"run_dir": str(tmp_path / "run")}
 
 
 @pytest.fixture
@@ -199,3 +208,122 @@ def test_a_broken_held_out_row(values: dict[str, Any], pictures: Path, which: st
     splits = open_data(loose.data).splits
     assert metrics["test"]["count"] == len(splits.test) - (which == "test")
     assert metrics["data"][which] == len(getattr(splits, which)) - 1
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps with checkpoints 2 and 4, made once and copied by `stopped`."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PLAIT_HOME", str(folder / "home"))
+        train(config_from(four_steps(tiny_values)), QUIET)
+    return folder / "run"
+
+
+@pytest.fixture
+def stopped(
+    tiny_values: dict[str, Any], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> RunConfig:
+    """A run in the working folder that lacks nothing but its end."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, "run")
+    Path("run/metrics.json").unlink()
+    return config_from(four_steps(tiny_values))
+
+
+def checkpoints(config: RunConfig) -> list[str]:
+    return sorted(path.name for path in (config.folder / "checkpoints").glob("step-*"))
+
+
+def test_newer_libraries_do_not_end_a_run(
+    stopped: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in the keys of cached features, not in what a checkpoint must find again."""
+    before = Path("run/losses.csv").read_bytes()
+    monkeypatch.setattr(feature_cache, "version", lambda name: f"newer {name}")
+    assert train(stopped, QUIET) is not None
+    assert Path("run/losses.csv").read_bytes() == before
+
+
+def test_checkpoints_of_another_model_stop_the_run(
+    stopped: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Path("run/losses.csv").read_bytes()
+    monkeypatch.setattr(build, "text_hash", lambda text: f"other {text}")
+    with pytest.raises(CheckpointError, match="trained with another template"):
+        train(stopped, QUIET)
+    assert checkpoints(stopped) == ["step-000002", "step-000004"]
+    assert Path("run/losses.csv").read_bytes() == before
+
+
+def damage(config: RunConfig, name: str) -> None:
+    file = config.folder / "checkpoints" / name / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def test_a_damaged_checkpoint_is_passed_over(stopped: RunConfig) -> None:
+    """The one before it is gone on from; when none is whole the run does not begin anew."""
+    before = Path("run/losses.csv").read_bytes()
+    damage(stopped, "step-000004")
+    said = io.StringIO()
+    assert train(stopped, Console(file=said, width=1_000)) is not None
+    assert "adapter_model.safetensors is missing or not what was saved" in said.getvalue()
+    assert "resuming after step 2" in said.getvalue()
+    assert Path("run/losses.csv").read_bytes() == before
+    assert checkpoints(stopped) == ["step-000002", "step-000004"]
+    Path("run/metrics.json").unlink()
+    for name in checkpoints(stopped):
+        damage(stopped, name)
+    with pytest.raises(CheckpointError, match=r"none of the 2 in .* is; add --fresh"):
+        train(stopped, QUIET)
+    assert Path("run/losses.csv").read_bytes() == before
+
+
+def test_pruning_never_deletes_what_was_just_written(stopped: RunConfig) -> None:
+    """Not even for a later checkpoint, which can only be one that was damaged."""
+    run = TrainingRun(
+        replace(stopped, train=replace(stopped.train, keep_checkpoints=1)), QUIET
+    )  # fmt: skip
+    (stopped.folder / "checkpoints" / "step-000009").mkdir()
+    run._prune(stopped.folder / "checkpoints" / "step-000004", best_step=4)
+    assert checkpoints(stopped) == ["step-000004"]
+
+
+def test_fresh_deletes_only_for_a_recipe_that_can_run(stopped: RunConfig) -> None:
+    typo = replace(stopped, data=replace(stopped.data, path="typo"))
+    with pytest.raises(DataError):
+        train(typo, QUIET, fresh=True)
+    assert checkpoints(stopped) == ["step-000002", "step-000004"]
+    short = replace(stopped, seed=1, train=replace(stopped.train, steps=1))
+    metrics = train(short, QUIET, fresh=True)
+    assert metrics is not None
+    assert metrics["seed"] == 1
+    assert checkpoints(stopped) == ["step-000001"]
+
+
+def test_a_resumed_run_counts_the_time_of_both(stopped: RunConfig) -> None:
+    saved = stopped.folder / "checkpoints" / "step-000004" / "state.json"
+    spent = json.loads(saved.read_text())["extra"]["phases"]["seconds"]["train"]
+    before = json.loads((stopped.folder / "before.json").read_text())["phases"]
+    metrics = train(stopped, QUIET)
+    assert metrics is not None
+    assert spent > 0
+    assert metrics["seconds"]["train"] >= round(spent, 2)
+    assert metrics["seconds"]["before"] == round(before["seconds"]["before"], 2)
+
+
+def test_a_picture_over_the_usual_limit_is_read_where_the_recipe_allows_it(
+    values: dict[str, Any], pictures: Path
+) -> None:
+    """From its header to the report's thumbnails."""
+    usual = Limits.__dataclass_fields__["max_image_pixels"].default
+    side = int(usual**0.5) + 1
+    [first] = open_data(config_from(values | {"data": values["data"] | {"path": str(pictures)}}
+                                    ).data).test[:1]  # fmt: skip
+    PILImage.new("L", (side, side)).save(first.media()[0].file, compress_level=1)
+    with pytest.raises(DataError, match="raise max_image_pixels"):
+        train(config_from(values | {"data": values["data"] | {"path": str(pictures)}}), QUIET)
+    data = values["data"] | {"path": str(pictures), "limits": {"max_image_pixels": 2 * usual}}
+    short = values["train"] | {"steps": 1}
+    assert train(config_from(values | {"data": data, "train": short}), QUIET) is not None

@@ -1,0 +1,58 @@
+"""Features that are computed ahead: the same bits whatever else was computed beside them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from plait.encoders.efficientnet_lite.model import EfficientNetLite0
+from plait.trainer.build import build
+from plait.trainer.config import config_from
+from plait.trainer.data import open_data
+from plait.trainer.spec import EncoderSpec
+from plait.trainer.workbench import Workbench
+
+
+@pytest.fixture
+def lite(tmp_path: Path) -> EncoderSpec:
+    folder = tmp_path / "lite"
+    folder.mkdir()
+    torch.manual_seed(0)
+    save_file(EfficientNetLite0().state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architecture": "efficientnet_lite0"}))
+    return EncoderSpec(name="efficientnet_lite", weights=str(folder), grid=(2, 2))
+
+
+def features(folder: Path) -> dict[str, bytes]:
+    return {
+        path.name: load_file(path)["embeddings"].numpy().tobytes()
+        for path in (folder / "features").rglob("*.safetensors")
+    }
+
+
+def test_a_kill_while_features_are_computed_changes_no_bit(
+    tiny_values: dict[str, Any], lite: EncoderSpec, private_home: Path
+) -> None:
+    config = config_from(tiny_values | {"views": {"count": 1}})
+    built = build(replace(config.model, encoders={"image": lite}), 0)
+
+    def compute() -> list[int]:
+        """The sizes of what is encoded by a process that starts now."""
+        bench = Workbench(config, built, open_data(config.data))
+        batches = bench.batches_to_cache()
+        bench.cache_features(batches, lambda _: None)
+        return [len(batch) for batch in batches]
+
+    assert compute() == [16, 16, 4]
+    whole = features(private_home)
+    assert len(whole) == 36
+    assert compute() == []
+    for number, path in enumerate(sorted((private_home / "features").rglob("*.safetensors"))):
+        if number % 7 == 0:
+            path.unlink()
+    assert sum(compute()) > 36 / 7
+    assert features(private_home) == whole
