@@ -1,6 +1,7 @@
 """Features that are computed ahead: the same bits whatever else was computed beside them."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,9 @@ def test_a_kill_while_features_are_computed_changes_no_bit(
             path.unlink()
     assert sum(compute()) > 36 / 7
     assert features(private_home) == whole
+    bench = Workbench(config, built, open_data(config.data))
+    shutil.rmtree(private_home / "features")
+    [first, *_], *_ = bench.batches_to_cache()
+    bench.cache_features([[first]], lambda _: None)
+    [(name, alone)] = features(private_home).items()
+    assert alone == whole[name], "nor does another run's choice of pictures"
