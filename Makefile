@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check mutants slow gpu fuzz clean
+.PHONY: demo test check mutants slow fuzz clean
 
 demo: .venv/run  ## train a vision-language adapter on real pictures, from an empty machine
 	$(BIN)/plait fetch stamps

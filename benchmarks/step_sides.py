@@ -77,18 +77,19 @@ class Packed:
 
     def __init__(self, model: PlaitModel, batch: Batch, capacity: int) -> None:
         self.model, self.capacity = model, capacity
-        self.samples = [_document(row) for row in batch]
+        self.batch = batch
 
     def __call__(self) -> float:
         """The mean loss of a learned token, its gradients left on the model."""
         self.model.zero_grad(set_to_none=True)
         if self.model.language.config._attn_implementation != attention.NAME:
             self.model.language.set_attn_implementation(attention.NAME)
-        weight = sum(float(document.weights.sum()) for document, _ in self.samples)
-        units = [Unit((at,), document.length) for at, (document, _) in enumerate(self.samples)]
+        samples = [_document(row) for row in self.batch]
+        weight = sum(float(document.weights.sum()) for document, _ in samples)
+        units = [Unit((at,), document.length) for at, (document, _) in enumerate(samples)]
         loss = 0.0
         for keys in best_fit(units, capacity=self.capacity):
-            chosen = [self.samples[key] for key in keys]
+            chosen = [samples[key] for key in keys]
             stream = pack([document for document, _ in chosen], [inputs for _, inputs in chosen])
             part = self.model.compute(stream).loss / weight
             part.backward()  # type: ignore[no-untyped-call]

@@ -51,8 +51,6 @@ ROWS = (
     Row("encoder", "efficientnet_lite", LITE0,
         "encoders/test_efficientnet_lite.py::test_features_equal_the_reference"),
     *(Row("encoder", f"hf_vision: {family}", RANDOM, _TOWER) for family in FAMILIES),
-    Row("encoder", "qwen3_vl", RANDOM,
-        "encoders/test_qwen3_vl.py::test_features_equal_the_models_tower"),
     Row("layout", "plain", f"{SMOLLM2} with {LITE0}", _LOOP),
     Row("layout", "qwen3_vl", RANDOM, _QWEN),
     Row("language family", "llama", SMOLLM2, _LOOP),

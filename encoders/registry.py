@@ -18,7 +18,6 @@ GROUP = "plait.encoders"
 BUILT_IN = {
     "efficientnet_lite": "plait.encoders.efficientnet_lite.encoder:EfficientNetLite",
     "hf_vision": "plait.encoders.hf_vision.encoder:HfVision",
-    "qwen3_vl": "plait.encoders.qwen3_vl.encoder:Qwen3VLVision",
 }
 
 
