@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL.ExifTags import Base
 from PIL.Image import DecompressionBombError, DecompressionBombWarning
 
-from plait.errors import MediaError, Origin
+from plait.errors import MediaError, Origin, printable
 from plait.modalities.limits import Limits
 from plait.modalities.part import MediaHeader, MediaPart
 from plait.modalities.pixels import UPRIGHT, Turn, to_rgb
@@ -87,7 +87,7 @@ class Image(MediaPart):
     @property
     def file(self) -> str:
         if isinstance(self.source, str | Path):
-            return str(self.source)
+            return printable(str(self.source))
         if isinstance(self.source, bytes):
             return f"<{len(self.source)} bytes>"
         if isinstance(self.source, PIL.Image.Image):

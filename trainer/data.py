@@ -1,7 +1,7 @@
 """A run's rows: opened, split, and their classes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from plait.datasets.fetch import dataset_folder
@@ -55,6 +55,7 @@ def open_data(config: DataConfig, progress: Callable[[int, int], None] | None = 
         captions=config.captions,
     )
     splits = split(records, config.split, limits=config.limits, progress=progress)
+    splits = replace(splits, notes=(*splits.notes, *records.notes()))
     labels = {label for label in (_label(records, row) for row in splits.train) if label}
     return RunData(records, splits, sorted(labels))
 
