@@ -42,7 +42,8 @@ def open_data(config: DataConfig, progress: Callable[[int, int], None] | None = 
     """Open and split the rows that `config` names.
 
     Args:
-        progress: Called with (pictures compared, pictures) while near-duplicates are looked for.
+        progress: Called with (done, all) while near-duplicates are looked for: each picture is
+            hashed, then compared.
 
     Raises:
         FetchError: the dataset has not been fetched yet.
