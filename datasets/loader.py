@@ -162,14 +162,14 @@ class Loader:
         """Go on where `state` was taken.
 
         Raises:
-            CheckpointError: the rows, their lengths or the settings are others, so that the packs
-                would be too; or the ledger is not the checkpoint's.
+            CheckpointError: the rows, their ids, lengths or the settings are others, so that the
+                packs would be too; or the ledger is not the checkpoint's.
         """
         if state["plan"] != self._fingerprint:
             raise CheckpointError(
-                "a run resumes only on the data it began with: the rows, their lengths, or the "
-                "seed, capacity, max_documents, views, shuffle or window have changed; put them "
-                "back, or begin a new run"
+                "a run resumes only on the data it began with: the rows, their ids or lengths, or "
+                "the seed, capacity, max_documents, views, shuffle or window have changed; put "
+                "them back, or begin a new run"
             )
         self.close()
         self.ledger.restore(state["ledger"])
@@ -187,29 +187,23 @@ class Loader:
 
     def _produce(self) -> Generator[Pack, None, None]:
         executor = Executor(self.settings.workers, self.settings.prefetch)
-        barren = 0
+        barren, fruitless = 0, (self._epoch, self._next) == (0, 0)
         with closing(executor.map(self._work, self._tasks(self._epoch, self._next))) as batches:
             for pack in map(assemble, batches):
                 self._given.append(pack)
                 if pack.documents:
-                    barren = 0
+                    barren, fruitless = 0, False
                     yield pack
-                else:
-                    barren += 1
-                    self._settle_empty()
-                    self._check_barren(pack, barren)
+                    continue
+                barren += 1
+                self._settle_empty()
+                # An endless loader must not turn for ever over rows that all break.
+                if barren >= 2 * max(len(plan) for plan in self._plans.values()):
+                    raise _all_broken(pack)  # so many hold a whole epoch
         self._ended = True
         self._settle_empty()
-
-    def _check_barren(self, pack: Pack, barren: int) -> None:
-        """An endless loader must not turn for ever over rows that all break."""
-        if barren >= 2 * max(len(plan) for plan in self._plans.values()):  # holds a whole epoch
-            last = pack.outcomes[-1]
-            raise DataError(
-                "every row of a whole epoch broke and nothing is left to train on; the last: "
-                f"{last.reason}",
-                last.origin,
-            )
+        if fruitless and barren:
+            raise _all_broken(pack)
 
     def _tasks(self, epoch: int, start: int) -> Iterator[list[Task]]:
         settings = self.settings
@@ -316,6 +310,15 @@ class Loader:
             return origin_of(self._samples[row], row)
         except DataError as error:
             return unread(error, row).origin
+
+
+def _all_broken(pack: Pack) -> DataError:
+    last = pack.outcomes[-1]
+    return DataError(
+        "every row of a whole epoch broke and nothing is left to train on; mend the rows. The "
+        f"last: {last.reason}",
+        last.origin,
+    )
 
 
 def _checked(indices: Iterable[int], samples: int) -> list[int]:
