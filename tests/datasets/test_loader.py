@@ -200,6 +200,21 @@ def test_too_long_and_never_sampled_rows_are_in_the_ledger(tmp_path: Path) -> No
         world.loader()
 
 
+def test_held_out_rows_that_cannot_be_read_are_broken_in_the_ledger(tmp_path: Path) -> None:
+    world, ledger = World(rows=8), Ledger(tmp_path / "l")
+    loader = Loader(
+        world.samples(), range(5), world.render, world.load,
+        LoaderSettings(capacity=60, epochs=2), skipping(), ledger,
+        broken=[(Origin("world", 6, "6.png"), "cut short")],
+    )  # fmt: skip
+    assert len({row for p in loader for row in p.rows}) == 5
+    ledger.close()
+    summary = count(tmp_path / "l")
+    expected = {"used": 5, "left_out": 2, "broken": 1}
+    assert summary.epochs == {0: expected, 1: expected}
+    assert summary.reasons["broken"] == {"cut short": 2} and not summary.twice
+
+
 def test_the_first_broken_row_raises_in_its_turn() -> None:
     world = World(broken=frozenset({11}))
     loader = world.loader()
