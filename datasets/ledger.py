@@ -77,7 +77,9 @@ class Ledger:
             "file": origin.file,
             "reason": reason,
         }
-        self._lines.append(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        text = json.dumps(line, ensure_ascii=False)
+        # Half a surrogate pair in a reason becomes the escape that JSON has for it.
+        self._lines.append(text.encode("utf-8", "backslashreplace") + b"\n")
         if len(self._lines) >= _BUFFERED_LINES:
             self._write()
 

@@ -8,7 +8,7 @@ reduction, tell black from white where there are no edges. Hues are not compared
 copy of one flag are near.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count
 
@@ -47,32 +47,35 @@ def _reduced(grey: PIL.Image.Image, width: int, height: int) -> NDArray[np.int16
     return np.asarray(grey.resize((width, height), PIL.Image.Resampling.BOX), dtype=np.int16)
 
 
-def near_pairs(
+def near_rows(
     edges: NDArray[np.uint64], brightness: NDArray[np.int16], bits: int
-) -> list[tuple[int, int]]:
-    """Pairs (i, j), i < j, within `bits` and the brightness bound. Compares all N * N / 2."""
-    pairs = []
-    for row in range(len(edges) - 1):
+) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Each row, and the later rows within `bits` and the brightness bound.
+
+    All N * N / 2 are compared; what is near one row is held at a time.
+    """
+    for row in range(len(edges)):
         distance = np.bitwise_count(edges[row] ^ edges[row + 1 :]).sum(axis=1)
         close = row + 1 + np.flatnonzero(distance <= bits)
         light = np.abs(brightness[close] - brightness[row]).max(axis=1, initial=0)
-        pairs += [(row, int(other)) for other in close[light <= MAX_BRIGHTNESS_DIFFERENCE]]
-    return pairs
+        yield row, close[light <= MAX_BRIGHTNESS_DIFFERENCE]
 
 
-def joined(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
-    """For each of `count` things the smallest member of its group; pairs join groups."""
-    leader = list(range(count))
+def joined(count: int, near: Iterable[tuple[int, Sequence[int] | NDArray[np.int64]]]) -> list[int]:
+    """For each of `count` things the smallest member of its group; what is near joins groups."""
+    leader = np.arange(count)
 
     def find(thing: int) -> int:
         while leader[thing] != thing:
             leader[thing] = leader[leader[thing]]
-            thing = leader[thing]
+            thing = int(leader[thing])
         return thing
 
-    for one, other in pairs:
-        low, high = sorted((find(one), find(other)))
-        leader[high] = low
+    for one, others in near:
+        # Things of one group mostly have the same leader by now, which is looked up once.
+        for other in np.unique(leader[np.asarray(others, dtype=np.int64)]).tolist():
+            low, high = sorted((find(one), find(other)))
+            leader[high] = low
     return [find(thing) for thing in range(count)]
 
 
@@ -84,12 +87,45 @@ def group_rows(
 ) -> tuple[list[int], int]:
     """Rows that show nearly the same picture, and the number of pictures that cannot be read.
 
+    A picture that several rows show is read once, and pictures with one hash are compared once.
+
+    Args:
+        progress: Each picture counts twice: when it is hashed and when it is compared.
+
     Returns:
         For each row the smallest row of its group, itself if it is alone; and a count. A row
         that is None, or whose picture is broken, is alone.
     """
     held = [(row, part) for row, sample in enumerate(samples) if sample for part in sample.media()]
-    pictures = [(row, part) for row, part in held if isinstance(part, Image)]
+    shown = [(row, part) for row, part in held if isinstance(part, Image)]
+    pictures = list(dict.fromkeys(part for _, part in shown))
+    tell = progress or _untold
+    numbers: dict[bytes, int] = {}
+    hashes: list[Hash] = []
+    hash_of: dict[Image, int] = {}
+    for done, (picture, found) in enumerate(_hashed(pictures, limits), start=1):
+        if found is not None:
+            key = b"".join(side.tobytes() for side in found)
+            if key not in numbers:
+                numbers[key] = len(hashes)
+                hashes.append(found)
+            hash_of[picture] = numbers[key]
+        tell(done, 2 * len(pictures))
+    groups = joined(len(hashes), _compared(hashes, bits, len(pictures), tell))
+    rows_of: dict[int, list[int]] = {}
+    for row, picture in shown:
+        if picture in hash_of:
+            rows_of.setdefault(groups[hash_of[picture]], []).append(row)
+    near = ((rows[0], rows) for rows in rows_of.values())
+    return joined(len(samples), near), len(pictures) - len(hash_of)
+
+
+def _untold(done: int, total: int) -> None:
+    """Progress that nobody asked for."""
+
+
+def _hashed(pictures: Sequence[Image], limits: Limits) -> Iterator[tuple[Image, Hash | None]]:
+    """Each picture and its hash, in order; None where it cannot be read."""
 
     def hashed(picture: Image) -> Hash | None:
         try:
@@ -97,16 +133,16 @@ def group_rows(
         except DataError:
             return None
 
-    hashes: list[Hash | None] = []
     with ThreadPoolExecutor(min(8, cpu_count() or 1)) as pool:
-        for result in pool.map(hashed, [picture for _, picture in pictures]):
-            hashes.append(result)
-            if progress is not None:
-                progress(len(hashes), len(pictures))
-    rows = [row for (row, _), found in zip(pictures, hashes, strict=True) if found is not None]
-    whole = [found for found in hashes if found is not None]
-    if not whole:
-        return list(range(len(samples))), len(hashes)
-    edges, brightness = (np.stack(side) for side in zip(*whole, strict=True))
-    pairs = [(rows[i], rows[j]) for i, j in near_pairs(edges, brightness, bits)]
-    return joined(len(samples), pairs), len(hashes) - len(whole)
+        yield from zip(pictures, pool.map(hashed, pictures), strict=True)
+
+
+def _compared(
+    hashes: Sequence[Hash], bits: int, pictures: int, tell: Progress
+) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """What is near each hash, told as the second half of the work on all pictures."""
+    if hashes:
+        edges, brightness = (np.stack(side) for side in zip(*hashes, strict=True))
+        for row, close in near_rows(edges, brightness, bits):
+            yield row, close
+            tell(2 * pictures - len(hashes) + row + 1, 2 * pictures)

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from plait.datasets.assembly import Loaded, Pack, RowOutcome, Task, assemble, view_of
 from plait.datasets.executor import Executor
-from plait.datasets.ledger import Ledger, NullLedger, row_name
+from plait.datasets.ledger import Ledger, NullLedger, RowName, row_name
 from plait.datasets.planning import (
     Measured,
     measure,
@@ -50,6 +50,7 @@ class Loader:
         ledger: One of its own; None keeps none.
         measured: What `measure` found for these indices; None measures through `render`.
         left_out: Rows that never became samples (a picture without text), and why.
+        broken: Held-out rows that could not be read, and why; the policy knows of them already.
 
     Raises:
         ConfigError: an index twice, or out of range, or `measured` for other indices.
@@ -68,6 +69,7 @@ class Loader:
         *,
         measured: Measured | None = None,
         left_out: Iterable[tuple[Origin, str]] = (),
+        broken: Iterable[tuple[Origin, str]] = (),
     ) -> None:
         self.settings = settings
         self.policy = policy or FailurePolicy()
@@ -85,7 +87,7 @@ class Loader:
             )
         self.measured = _screened(measured, chosen, settings, self.policy)
         self._fingerprint = fingerprint(self.measured, settings)
-        self._absent = self._absences(chosen, left_out)
+        self._absent = self._absences(chosen, left_out, broken)
         self._plans: dict[int, list[tuple[int, ...]]] = {}
         self._epoch = self._next = 0
         self._given: deque[Pack] = deque()
@@ -162,14 +164,14 @@ class Loader:
         """Go on where `state` was taken.
 
         Raises:
-            CheckpointError: the rows, their lengths or the settings are others, so that the packs
-                would be too; or the ledger is not the checkpoint's.
+            CheckpointError: the rows, their ids, lengths or the settings are others, so that the
+                packs would be too; or the ledger is not the checkpoint's.
         """
         if state["plan"] != self._fingerprint:
             raise CheckpointError(
-                "a run resumes only on the data it began with: the rows, their lengths, or the "
-                "seed, capacity, max_documents, views, shuffle or window have changed; put them "
-                "back, or begin a new run"
+                "a run resumes only on the data it began with: the rows, their ids or lengths, or "
+                "the seed, capacity, max_documents, views, shuffle or window have changed; put "
+                "them back, or begin a new run"
             )
         self.close()
         self.ledger.restore(state["ledger"])
@@ -187,29 +189,23 @@ class Loader:
 
     def _produce(self) -> Generator[Pack, None, None]:
         executor = Executor(self.settings.workers, self.settings.prefetch)
-        barren = 0
+        barren, fruitless = 0, (self._epoch, self._next) == (0, 0)
         with closing(executor.map(self._work, self._tasks(self._epoch, self._next))) as batches:
             for pack in map(assemble, batches):
                 self._given.append(pack)
                 if pack.documents:
-                    barren = 0
+                    barren, fruitless = 0, False
                     yield pack
-                else:
-                    barren += 1
-                    self._settle_empty()
-                    self._check_barren(pack, barren)
+                    continue
+                barren += 1
+                self._settle_empty()
+                # An endless loader must not turn for ever over rows that all break.
+                if barren >= 2 * max(len(plan) for plan in self._plans.values()):
+                    raise _all_broken(pack)  # so many hold a whole epoch
         self._ended = True
         self._settle_empty()
-
-    def _check_barren(self, pack: Pack, barren: int) -> None:
-        """An endless loader must not turn for ever over rows that all break."""
-        if barren >= 2 * max(len(plan) for plan in self._plans.values()):  # holds a whole epoch
-            last = pack.outcomes[-1]
-            raise DataError(
-                "every row of a whole epoch broke and nothing is left to train on; the last: "
-                f"{last.reason}",
-                last.origin,
-            )
+        if fruitless and barren:
+            raise _all_broken(pack)
 
     def _tasks(self, epoch: int, start: int) -> Iterator[list[Task]]:
         settings = self.settings
@@ -289,20 +285,26 @@ class Loader:
             raise
 
     def _absences(
-        self, chosen: Sequence[int], left_out: Iterable[tuple[Origin, str]]
+        self,
+        chosen: Sequence[int],
+        left_out: Iterable[tuple[Origin, str]],
+        broken: Iterable[tuple[Origin, str]],
     ) -> list[RowOutcome]:
         """The rows that no epoch packs: refused, held out, or never a sample."""
         absent = [RowOutcome(r.origin, r.status, r.reason) for r in self.measured.refused]
         if isinstance(self.ledger, NullLedger):
             return absent
+        failed = {_name(origin): RowOutcome(origin, "broken", reason) for origin, reason in broken}
         for row in sorted(set(range(len(self._samples))) - set(chosen)):
             origin = self._origin(row)
-            absent.append(RowOutcome(origin, "left_out", "held out by the split"))
+            whole = RowOutcome(origin, "left_out", "held out by the split")
+            absent.append(failed.pop(_name(origin), whole))
+        absent += failed.values()
         absent += [RowOutcome(origin, "left_out", reason) for origin, reason in left_out]
         names = [row.origin for row in self.measured.rows] + [row.origin for row in absent]
-        seen: set[tuple[str, int | str]] = set()
+        seen: set[RowName] = set()
         for origin in names:
-            name = row_name(origin.dataset, origin.row, origin.file)
+            name = _name(origin)
             if name in seen:
                 raise ConfigError(
                     f"a ledger needs rows with names of their own: two are called ({origin}); "
@@ -316,6 +318,19 @@ class Loader:
             return origin_of(self._samples[row], row)
         except DataError as error:
             return unread(error, row).origin
+
+
+def _name(origin: Origin) -> RowName:
+    return row_name(origin.dataset, origin.row, origin.file)
+
+
+def _all_broken(pack: Pack) -> DataError:
+    last = pack.outcomes[-1]
+    return DataError(
+        "every row of a whole epoch broke and nothing is left to train on; mend the rows. The "
+        f"last: {last.reason}",
+        last.origin,
+    )
 
 
 def _checked(indices: Iterable[int], samples: int) -> list[int]:

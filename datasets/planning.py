@@ -28,12 +28,13 @@ _ROWS_A_BATCH = 32
 
 @dataclass(frozen=True, slots=True)
 class MeasuredRow:
-    """A row that can be packed. `group` is (dataset, group), or None."""
+    """A row that can be packed. `group` is (dataset, group), or None; `id` is the sample's."""
 
     row: int
     origin: Origin
     positions: Mapping[str, int]
     group: Hashable | None = None
+    id: str = ""
 
     @property
     def length(self) -> int:
@@ -138,7 +139,7 @@ def measure(
         origin = origin_of(sample, row)
         group = None if sample.group is None else (origin.dataset, sample.group)
         try:
-            return MeasuredRow(row, origin, dict(count(sample)), group)
+            return MeasuredRow(row, origin, dict(count(sample)), group, sample.id)
         except DataError as error:
             return _BrokenRow(row, placed(error, origin), group)
 

@@ -49,8 +49,8 @@ class LoaderSettings:
 
 
 def fingerprint(measured: Measured, settings: LoaderSettings) -> str:
-    """What the sequence of packs depends on, hashed."""
+    """What the sequence of packs depends on, hashed; ids tell rows of equal lengths apart."""
     s = settings
     facts = [s.seed, s.capacity, s.max_documents, s.views, s.shuffle, s.window]
-    rows = [[row.row, row.length, str(row.group)] for row in measured.rows]
+    rows = [[row.row, row.id, row.length, str(row.group)] for row in measured.rows]
     return hashlib.sha256(json.dumps([facts, rows]).encode()).hexdigest()

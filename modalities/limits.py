@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, fields
 
+import PIL.Image
+
 from plait.errors import ConfigError
 
 
@@ -10,7 +12,7 @@ class Limits:
     """Bounds that are checked before anything is decoded.
 
     Raises:
-        ConfigError: a bound is below 1.
+        ConfigError: a bound is below 1, or above the one that Pillow itself keeps.
     """
 
     max_image_pixels: int = 64_000_000
@@ -24,3 +26,10 @@ class Limits:
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1; it is {value}")
+        # Pillow refuses twice its own bound as a bomb, whatever is allowed here.
+        pillow = 2 * PIL.Image.MAX_IMAGE_PIXELS if PIL.Image.MAX_IMAGE_PIXELS else None
+        if pillow is not None and self.max_image_pixels > pillow:
+            raise ConfigError(
+                f"max_image_pixels must be at most {pillow:,}, above which Pillow refuses every "
+                f"picture; it is {self.max_image_pixels:,}; lower it or shrink the pictures"
+            )

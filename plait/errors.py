@@ -23,13 +23,29 @@ from difflib import get_close_matches
 from typing import Any, ClassVar
 
 
+def printable(name: str) -> str:
+    """A file's name as text that can be written anywhere.
+
+    Bytes that are not UTF-8, which file systems allow and Python keeps as half surrogate pairs,
+    are spelt out: `caf\\xe9.png`.
+    """
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a pair that no file system wrote
+        return name.encode("utf-8", "backslashreplace").decode()
+
+
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a sample came from, for error messages and the ledger."""
+    """Where a sample came from, for error messages and the ledger: names are kept printable."""
 
     dataset: str = ""
     row: int | None = None
     file: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dataset", printable(self.dataset))
+        object.__setattr__(self, "file", printable(self.file))
 
     def __str__(self) -> str:
         facts = [f"dataset {self.dataset}"] if self.dataset else []

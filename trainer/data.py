@@ -1,7 +1,7 @@
 """A run's rows: opened, split, and their classes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from plait.datasets.fetch import dataset_folder
@@ -42,7 +42,8 @@ def open_data(config: DataConfig, progress: Callable[[int, int], None] | None = 
     """Open and split the rows that `config` names.
 
     Args:
-        progress: Called with (pictures compared, pictures) while near-duplicates are looked for.
+        progress: Called with (done, all) while near-duplicates are looked for: each picture is
+            hashed, then compared.
 
     Raises:
         FetchError: the dataset has not been fetched yet.
@@ -55,6 +56,7 @@ def open_data(config: DataConfig, progress: Callable[[int, int], None] | None = 
         captions=config.captions,
     )
     splits = split(records, config.split, limits=config.limits, progress=progress)
+    splits = replace(splits, notes=(*splits.notes, *records.notes()))
     labels = {label for label in (_label(records, row) for row in splits.train) if label}
     return RunData(records, splits, sorted(labels))
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from plait.datasets.executor import Executor
@@ -14,7 +14,7 @@ from plait.datasets.policy import FailurePolicy
 from plait.datasets.settings import LoaderSettings
 from plait.encoders.feature_cache import FeatureCache
 from plait.encoders.media_encoder import MediaEncoder
-from plait.errors import DataError
+from plait.errors import DataError, Origin
 from plait.stream import Document, Item, Sample, check_placeholders, render
 from plait.trainer.build import Built
 from plait.trainer.config import RunConfig
@@ -31,6 +31,8 @@ class Workbench:
     config: RunConfig
     built: Built
     data: RunData
+    held_out_broken: list[tuple[Origin, str]] = field(default_factory=list)
+    """Held-out rows that `check_held_out` could not read, and why."""
 
     def render(self, sample: Sample, for_generation: bool = False) -> Document:
         """Render and check guarantee 1: placeholders equal promised features."""
@@ -65,8 +67,9 @@ class Workbench:
         built = self.built
         return Suite(built.model, self.reader, built.tokenizer, built.layout, self.data.classes)
 
-    @property
+    @cached_property
     def policy(self) -> FailurePolicy:
+        """One budget for the whole run: held-out rows, measuring and loading."""
         broken = self.config.data.broken
         return FailurePolicy(
             on_error=broken.on_error,
@@ -120,15 +123,17 @@ class Workbench:
             ledger,
             measured=self.measured,
             left_out=self.data.left_out,
+            broken=self.held_out_broken,
         )
 
     def check_held_out(self) -> None:
         """Read every held-out row once, so that none breaks in the middle of a run.
 
-        Where broken rows are skipped they leave their split, with a note.
+        Where broken rows are skipped they leave their split, with a note, and the ledger calls
+        them broken.
 
         Raises:
-            DataError: a row is broken and none is skipped.
+            DataError, FailureBudgetError: as the policy says.
         """
         splits = self.data.splits
         notes: dict[int, str] = {}
@@ -136,9 +141,11 @@ class Workbench:
             try:
                 self._read(row)
             except DataError as error:
-                if self.policy.on_error == "raise":
-                    raise
+                self.policy.failure(error)
                 notes[row] = f"a held-out row is left out: {error}"
+                self.held_out_broken.append((error.origin, error.message))
+            else:
+                self.policy.success()
         self.data.splits = replace(
             splits,
             validation=[row for row in splits.validation if row not in notes],

@@ -59,6 +59,10 @@ class Records(Sequence[Sample], ABC):
             raise IndexError(f"row {row} of dataset {self.name}, which has {len(self)} rows")
         return self.sample(number)
 
+    def notes(self) -> list[str]:
+        """Sentences for the user about what is not used of the rows; may read all of them."""
+        return []
+
     def __repr__(self) -> str:
         return f"<{len(self)} {self.dialect} records of {self.name!r}>"
 

@@ -1,5 +1,6 @@
 """From a picture, its text and its class to a sample; shared by the folder and CSV dialects."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from string import Formatter
 
@@ -17,8 +18,9 @@ class CaptionOptions:
         ConfigError: a field cannot be used.
     """
 
-    line: int = 1
-    """Which line of the text is the caption, from 1; later lines are often translations."""
+    line: int | None = None
+    """Which line of the text is the caption, from 1, where others are translations; None is the
+    whole text."""
 
     strip_final_stop: bool = False
     """Remove one full stop from the end; an ellipsis stays."""
@@ -34,7 +36,7 @@ class CaptionOptions:
     """The user's turn; <image> in it is where the picture stands."""
 
     def __post_init__(self) -> None:
-        if self.line < 1:
+        if self.line is not None and self.line < 1:
             raise ConfigError(f"captions.line counts from 1; it is {self.line}")
         if self.prompt.count(PICTURE_MARK) != 1:
             raise ConfigError(
@@ -61,18 +63,12 @@ class CaptionOptions:
         Raises:
             DataError: the line is missing, or empty after stripping.
         """
-        lines = text.splitlines()
-        if self.line > max(len(lines), 1):
-            raise DataError(
-                f"a caption must have line {self.line}; this text has {len(lines)} lines; add it, "
-                "or change captions.line"
-            )
-        caption = lines[self.line - 1].strip() if lines else ""
+        caption = self._chosen(text).strip()
         if self.strip_final_stop and caption.endswith(".") and not caption.endswith(".."):
             caption = caption[:-1].rstrip()
         if not caption:
             raise DataError(
-                f"a caption must not be empty; line {self.line} is; write a caption or remove the "
+                f"a caption must not be empty; {self._where()} is; write a caption or remove the "
                 "picture"
             )
         if self.lower_first:
@@ -80,6 +76,35 @@ class CaptionOptions:
         if "class" in self.fields() and not label:
             return caption
         return self.template.format_map({"text": caption, "class": label})
+
+    def _chosen(self, text: str) -> str:
+        """The line of the text that is the caption, or all of it.
+
+        Only \\n and \\r\\n end a line: `str.splitlines` would cut at U+2028 and form feeds too.
+        """
+        text = text.replace("\r\n", "\n")
+        if self.line is None:
+            return text
+        lines = text.removesuffix("\n").split("\n")
+        if self.line > len(lines):
+            raise DataError(
+                f"a caption must have line {self.line}; this text has {len(lines)} lines; add it, "
+                "or change captions.line"
+            )
+        return lines[self.line - 1]
+
+    def _where(self) -> str:
+        return "this text" if self.line is None else f"line {self.line}"
+
+    def notes(self, texts: Iterable[str]) -> list[str]:
+        """Says of how many texts only one line is used."""
+        if self.line is None:
+            return []
+        longer = sum("\n" in text.strip() for text in texts)
+        if not longer:
+            return []
+        note = f"{longer} captions have several lines, of which line {self.line} alone is learned"
+        return [f"{note}; captions.line: null learns them whole"]
 
     def sample(self, picture: Image, text: str, label: str, name: str, origin: Origin) -> Sample:
         """User: the prompt with the picture; assistant: the caption.

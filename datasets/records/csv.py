@@ -62,6 +62,10 @@ class CsvRecords(Records):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def notes(self) -> list[str]:
+        whole = (cells for cells in self._rows if len(cells) == self._columns.count)
+        return self.captions.notes(cells[self._columns.text] for cells in whole)
+
     def sample(self, row: int) -> Sample:
         cells, columns = self._rows[row], self._columns
         here = Origin(self.name, row, str(self.file))

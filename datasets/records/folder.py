@@ -1,31 +1,31 @@
 """A folder of pictures, each with a text file of the same stem: `frog.png`, `frog.txt`."""
 
 import os
+from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
 from plait.datasets.records.base import LeftOut, Records
 from plait.datasets.records.captions import CaptionOptions, first_folder
-from plait.errors import DataError, Origin
+from plait.errors import DataError, Origin, printable
 from plait.modalities import Image
 from plait.stream import Sample
 
 PICTURES = frozenset(
-    {".avif", ".bmp", ".gif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"}
+    {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"}
     | {".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
 )
 """Endings of what is read as a picture, in lower case."""
-
-UNREAD = frozenset({".eps", ".heic", ".heif", ".pdf", ".psd", ".svg", ".svgz", ".xcf"})
-"""Endings of pictures that are not read; one with a text is reported as left out."""
 
 
 class FolderRecords(Records):
     """One row a picture that has a text, in the order of relative paths, subfolders included.
 
     The class is the first folder of the relative path; hidden files and folders are not looked
-    at. `left_out` holds the pictures without a text, and those with one in a format not read.
+    at. Links to folders are followed; a folder that is reached twice is read once. `left_out`
+    holds the pictures without a text, and whatever has one but is no picture that is read.
     """
 
     dialect: ClassVar[str] = "folder"
@@ -55,12 +55,21 @@ class FolderRecords(Records):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def notes(self) -> list[str]:
+        return self.captions.notes(self._readable_texts())
+
+    def _readable_texts(self) -> Iterator[str]:
+        for row, (_, text) in enumerate(self._rows):
+            with suppress(DataError):  # a broken row is told of when it is read
+                yield self._text(row, text)
+
     def sample(self, row: int) -> Sample:
         picture, text = self._rows[row]
         file = self.path / picture
-        label = first_folder(picture)
+        name = printable(picture)
         origin = Origin(self.name, row, str(file))
-        return self.captions.sample(Image(file), self._text(row, text), label, picture, origin)
+        caption = self._text(row, text)
+        return self.captions.sample(Image(file), caption, first_folder(name), name, origin)
 
     def _text(self, row: int, relative: str) -> str:
         file = self.path / relative
@@ -88,10 +97,20 @@ def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
             Origin(file=str(error.filename)),
         ) from error
 
-    for here, folders, files in os.walk(root, onerror=stop):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        relative = Path(here).relative_to(root).as_posix()
-        yield "" if relative == "." else f"{relative}/", files
+    # Links come after all real folders, whose names then never depend on what points at them.
+    waiting, seen = deque([root]), set[tuple[int, int]]()
+    while waiting:
+        for here, folders, files in os.walk(waiting.popleft(), onerror=stop):
+            facts = Path(here).stat()
+            if (facts.st_dev, facts.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((facts.st_dev, facts.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            inside = (Path(here, name) for name in folders)
+            waiting += [folder for folder in inside if folder.is_symlink()]
+            relative = Path(here).relative_to(root).as_posix()
+            yield "" if relative == "." else f"{relative}/", files
 
 
 def _pair(folder: str, files: list[str]) -> tuple[list[tuple[str, str]], list[LeftOut]]:
@@ -105,9 +124,10 @@ def _pair(folder: str, files: list[str]) -> tuple[list[tuple[str, str]], list[Le
         if name.stem in texts:
             rows.append((folder + name.name, folder + texts[name.stem]))
         else:
-            left_out.append(LeftOut(folder + name.name, "no .txt of the same name"))
+            left_out.append(LeftOut(printable(folder + name.name), "no .txt of the same name"))
     for name in named:
         ending = name.suffix.lower()
-        if ending in UNREAD and name.stem in texts and name.stem not in read:
-            left_out.append(LeftOut(folder + name.name, f"{ending} pictures are not read"))
+        if ending != ".txt" and name.stem in texts and name.stem not in read:
+            reason = f"{printable(ending) or 'a file without an ending'} is not read as a picture"
+            left_out.append(LeftOut(printable(folder + name.name), reason))
     return rows, left_out

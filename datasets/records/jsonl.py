@@ -26,7 +26,7 @@ from plait.datasets.records.base import (
     type_name,
 )
 from plait.errors import DataError, Origin
-from plait.modalities import Image
+from plait.modalities import Image, Text
 from plait.stream import Message, Sample
 
 ROW_KEYS = ("messages", "images", "id", "label")
@@ -177,7 +177,10 @@ def _string(fields: Mapping[str, Any], key: str) -> str:
     value = fields.get(key, "")
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise DataError(f"{key} must be a string; it is {type_name(value)}; write it in quotes")
-    return str(value)
+    try:
+        return Text(str(value)).text
+    except DataError as error:
+        raise DataError(f"{key}: {error.message}") from None
 
 
 def _turn(turn: Any) -> Mapping[str, Any]:
@@ -196,6 +199,11 @@ def _turn(turn: Any) -> Mapping[str, Any]:
     weight = turn.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise DataError(f"a message's weight must be a number; it is {type_name(weight)}")
-    if not (math.isfinite(weight) and weight >= 0):
-        raise DataError(f"a message's weight must be 0 or more; it is {weight}; use 0 to 1")
+    try:
+        usable = math.isfinite(weight) and weight >= 0
+    except OverflowError:  # JSON holds integers that no float does
+        usable = False
+    if not usable:
+        said = f"{weight}"[:20]
+        raise DataError(f"a message's weight must be 0 or more; it is {said}; use 0 to 1")
     return turn

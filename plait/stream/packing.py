@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from plait.errors import DataError, ModelError
-from plait.stream.types import Document, IntArray, ItemInputs, MediaBatch, TokenStream
+from plait.stream.types import Document, IntArray, ItemInputs, MediaBatch, Span, TokenStream
 
 
 def check_placeholders(document: Document, placeholder_id: int) -> None:
@@ -20,10 +20,8 @@ def check_placeholders(document: Document, placeholder_id: int) -> None:
         DataError: naming dataset, row and file.
     """
     covered = np.zeros(document.length, dtype=np.int64)
-    filled = [0] * len(document.items)
     for span in document.spans:
         covered[span.start : span.stop] += 1
-        filled[span.item] += span.length
     at_placeholder = document.token_ids == placeholder_id
     if not np.array_equal(covered == 1, at_placeholder) or covered.max(initial=0) > 1:
         raise DataError(
@@ -31,13 +29,43 @@ def check_placeholders(document: Document, placeholder_id: int) -> None:
             f"stand in the row but its media spans cover {int(covered.sum())} positions",
             document.origin,
         )
-    for number, (item, length) in enumerate(zip(document.items, filled, strict=True)):
-        if item.plan.length != length:
+    by_item: dict[int, list[Span]] = {number: [] for number in range(len(document.items))}
+    for span in document.spans:
+        if span.item not in by_item:
             raise DataError(
-                f"placeholders must equal features: item {number} promises {item.plan.length} "
-                f"features but has {length} positions",
+                f"placeholders must equal features: a span names item {span.item} of "
+                f"{len(document.items)}; mend the layout",
                 document.origin,
             )
+        by_item[span.item].append(span)
+    for number, spans in by_item.items():
+        _check_item(document, number, spans)
+
+
+def _check_item(document: Document, number: int, spans: Sequence[Span]) -> None:
+    """The spans of an item take each of its features once, all from its own encoder."""
+    plan, filled = document.items[number].plan, 0
+    for span in sorted(spans, key=lambda span: span.offset):
+        if span.encoder != plan.encoder:
+            raise DataError(
+                f"placeholders must equal features: item {number} is for encoder "
+                f"{plan.encoder!r} but a span of it for {span.encoder!r}; mend the layout",
+                document.origin,
+            )
+        if span.offset != filled:
+            fault = "twice" if span.offset < filled else "by no position"
+            raise DataError(
+                f"placeholders must equal features: feature {min(span.offset, filled)} of item "
+                f"{number} is taken {fault}; mend the layout's offsets",
+                document.origin,
+            )
+        filled += span.length
+    if plan.length != filled:
+        raise DataError(
+            f"placeholders must equal features: item {number} promises {plan.length} features but "
+            f"has {filled} positions; mend the layout",
+            document.origin,
+        )
 
 
 def pack(documents: Sequence[Document], inputs: Sequence[Sequence[ItemInputs]]) -> TokenStream:

@@ -2,13 +2,14 @@
 
 Labels come from the template's own assistant mask where it has one (`{% generation %}`), else
 from rendering prefixes of the conversation, each checked to be a true prefix of the whole.
-A template for which neither holds is refused.
+A template for which neither holds is refused, and so is one that leaves out a turn or a picture.
 """
 
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from plait.errors import RenderError
@@ -43,11 +44,18 @@ def written_pieces(sample: Sample, tokenizer: Any, for_generation: bool) -> Iter
     if not sample.messages:
         yield from _bare_pieces(sample, tokenizer, for_generation)
         return
+    if sample.parts:
+        raise RenderError(
+            "a sample is messages or bare parts; this one has both, and its parts would not be "
+            "read; put them into a message",
+            sample.origin,
+        )
     writer = _Writer(sample, tokenizer)
     whole = writer.write(sample.messages, prompt=for_generation)
+    writer.check_turns()
+    writer.check_media(whole)
     start = 0
-    # A prompt is cut at earlier answers too: the same text must become the same tokens.
-    for span in writer.answers(whole) if for_generation else writer.learned(whole):
+    for span in writer.answers(whole, for_generation):
         yield from writer.split(whole[start : span.start], 0.0)
         pieces = list(writer.split(whole[span.start : span.stop], span.weight))
         for number, piece in enumerate(pieces):
@@ -76,6 +84,41 @@ def _template_of(tokenizer: Any) -> str:
     return template
 
 
+def _rendered(
+    template: str,
+    messages: list[dict[str, Any]],
+    special: dict[str, str],
+    prompt: bool,
+    marked: bool = False,
+) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as transformers writes it, and where `{% generation %}` marks stand in it."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    render: Any = render_jinja_template  # its annotations name fewer keywords than it takes
+    texts, spans = render(
+        conversations=[messages],
+        chat_template=template,
+        return_assistant_tokens_mask=marked,
+        add_generation_prompt=prompt,
+        **special,
+    )
+    return texts[0], [(int(start), int(stop)) for start, stop in spans[0]] if marked else []
+
+
+@lru_cache(maxsize=1024)
+def _times_written(
+    template: str, roles: tuple[str, ...], special: tuple[tuple[str, str], ...]
+) -> tuple[int, ...] | None:
+    """How often a template writes each turn of a conversation; None where it refuses the roles."""
+    marks = [f"plaitturn{number:06d}" for number in range(len(roles))]
+    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    try:
+        text, _ = _rendered(template, messages, dict(special), prompt=False)
+    except Exception:  # the rendering of the sample itself says why
+        return None
+    return tuple(text.count(mark) for mark in marks)
+
+
 class _Writer:
     """Writes prefixes of one conversation, with a mark of its own for each media part."""
 
@@ -93,7 +136,10 @@ class _Writer:
         )
         # A mark made from the texts cannot stand in them, whoever wrote them.
         self.mark = f"\ue000{hashlib.sha256(texts.encode()).hexdigest()[:16]}:"
+        self.pattern = re.escape(self.mark) + "([0-9]+)\ue001"
         self.media = list(sample.media())
+        special = tokenizer.special_tokens_map.items()
+        self.special = {name: text for name, text in special if isinstance(text, str)}
         self.messages = self._as_dicts()
 
     def _as_dicts(self) -> list[dict[str, Any]]:
@@ -113,6 +159,8 @@ class _Writer:
         return written
 
     def write(self, messages: tuple[Message, ...], prompt: bool) -> str:
+        if not messages:
+            return self._empty_prompt()
         try:
             text: str = self.tokenizer.apply_chat_template(
                 self.messages[: len(messages)], tokenize=False, add_generation_prompt=prompt
@@ -125,28 +173,125 @@ class _Writer:
             ) from error
         return text
 
-    def learned(self, whole: str) -> list[_Learned]:
-        """The characters that assistant turns say, in order."""
-        masked = self._masked_spans() if _HAS_MASK.search(self.template) else None
+    def _empty_prompt(self) -> str:
+        """The prompt of an answer that nothing precedes; transformers' own method refuses it."""
+        try:
+            return _rendered(self.template, [], self.special, prompt=True)[0]
+        except Exception as error:
+            raise RenderError(
+                "a conversation may begin with an assistant turn only where the chat template can "
+                f"write a prompt without messages; this one cannot: {error}; begin with a user "
+                "turn, or set the assistant turn's weight to 0",
+                self.sample.origin,
+            ) from error
+
+    def check_turns(self) -> None:
+        """Refuse a template that leaves out a role: what it drops would be learned without."""
+        roles = tuple(message.role for message in self.sample.messages)
+        times = _times_written(self.template, roles, tuple(sorted(self.special.items())))
+        for number, found in enumerate(times or ()):
+            if found != 1:
+                fault = f"writes {found} times" if found else "does not write"
+                raise RenderError(
+                    f"every turn must be written once: the chat template {fault} turn {number} "
+                    f"({roles[number]!r}); remove the turn, give it another role, or use a "
+                    "template that writes it",
+                    self.sample.origin,
+                )
+
+    def check_media(self, whole: str) -> None:
+        """Refuse a conversation whose pictures are not all written, once each and in order."""
+        written = [int(number) for number in re.findall(self.pattern, whole)]
+        expected = range(len(self.media))
+        if written == list(expected):
+            return
+        wrong = next((number for number in expected if written.count(number) != 1), None)
+        if wrong is None:
+            wrong = next(number for number in expected if written[number] != number)
+            fault = "writes in another place"
+        else:
+            times = written.count(wrong)
+            fault = f"writes {times} times" if times else "does not write"
+        turns = [
+            f"turn {number} ({message.role!r})"
+            for number, message in enumerate(self.sample.messages)
+            for part in message.parts
+            if isinstance(part, MediaPart)
+        ]
+        raise RenderError(
+            f"every medium must be written once and in order: the chat template {fault} "
+            f"{self.media[wrong].medium} {wrong + 1} of {len(self.media)}, in {turns[wrong]}; move "
+            "it to a user turn, or use a template that writes that turn whole",
+            self.sample.origin,
+        )
+
+    def answers(self, whole: str, for_generation: bool) -> list[_Learned]:
+        """The characters that assistant turns say, in order.
+
+        A prompt is cut there too, with weight 0: the same text must become the same tokens.
+        """
+        marked = _HAS_MASK.search(self.template) is not None
+        found = (self._marked if marked else self._by_prefixes)(whole, for_generation)
+        return [span for span in found if span.stop > span.start]
+
+    def _marked(self, whole: str, for_generation: bool) -> list[_Learned]:
+        """Answers by the template's own marks: the first belong to the first turn, and so on."""
+        _, spans = _rendered(
+            self.template, self.messages, self.special, prompt=for_generation, marked=True
+        )
+        turns = [n for n, message in enumerate(self.sample.messages) if message.role == "assistant"]
+        if len(spans) != len(turns):
+            if for_generation:
+                return []
+            raise RenderError(
+                "a template must set one pair of {% generation %} marks for each assistant turn: "
+                f"this conversation has {len(turns)} such turns and the template marks "
+                f"{len(spans)}; put one pair around all that a turn says",
+                self.sample.origin,
+            )
+        found: list[_Learned] = []
+        for number, (start, stop) in zip(turns, spans, strict=True):
+            weight = 0.0 if for_generation else self.sample.messages[number].weight
+            said = self._said_from(number, whole, start)
+            if said > stop or (found and said < found[-1].stop):
+                said = start
+            # Text between the prompt and the marks is cut off, so that prompts end at a cut.
+            found.append(_Learned(min(said, start), start, 0.0, masked=True))
+            found.append(_Learned(max(said, start), stop, weight, masked=True))
+        return found
+
+    def _said_from(self, number: int, whole: str, start: int) -> int:
+        """Where the answer of a turn marked from `start` begins: after its generation prompt.
+
+        Marks may enclose the header that the prompt ends with, which is not the model's to say.
+        """
+        before = self.sample.messages[:number]
+        try:
+            prompt = self.write(before, prompt=True)
+            if whole.startswith(prompt):
+                return len(prompt)
+            # Earlier turns are written otherwise than alone: only the header can be known again.
+            alone = self.write(before, prompt=False) if before else ""
+        except RenderError:
+            return start
+        header = prompt[len(alone) :] if prompt.startswith(alone) else ""
+        return start + len(header) if whole.startswith(header, start) else start
+
+    def _by_prefixes(self, whole: str, for_generation: bool) -> list[_Learned]:
+        """Answers by rendering the conversation up to each; what is not learned may be unknown."""
         found = []
         for number, message in enumerate(self.sample.messages):
             if message.role != "assistant":
                 continue
-            start, stop = self._turn(number, whole)
-            if masked is None:
-                found.append(_Learned(start, stop, message.weight, masked=False))
+            weight = 0.0 if for_generation else message.weight
+            try:
+                start, stop = self._turn(number, whole)
+            except RenderError:
+                if weight:
+                    raise
                 continue
-            inside = [(a, b) for a, b in masked if start <= a and b <= stop]
-            found.append(_Learned(start, inside[0][0] if inside else stop, 0.0, masked=True))
-            found += [_Learned(a, b, message.weight, masked=True) for a, b in inside]
-        return [span for span in found if span.stop > span.start]
-
-    def answers(self, whole: str) -> list[_Learned]:
-        """As `learned`, with weight 0; a prompt that cannot be labelled is not cut."""
-        try:
-            return [replace(span, weight=0.0) for span in self.learned(whole)]
-        except RenderError:
-            return []
+            found.append(_Learned(start, stop, weight, masked=False))
+        return found
 
     def _turn(self, number: int, whole: str) -> tuple[int, int]:
         """Where turn `number` is said: after its prompt, to the end of the prefix it closes."""
@@ -157,28 +302,15 @@ class _Writer:
             raise RenderError(
                 "this chat template cannot be labelled: the conversation up to assistant turn "
                 f"{number} is not a prefix of the whole; use a template with "
-                "{% generation %} marks or one that writes earlier turns unchanged",
+                "{% generation %} marks or one that writes earlier turns unchanged, or set the "
+                "turn's weight to 0",
                 self.sample.origin,
             )
         return len(prompt), len(upto)
 
-    def _masked_spans(self) -> list[tuple[int, int]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        special: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
-        render: Any = render_jinja_template  # its annotations name fewer keywords than it takes
-        _, spans = render(
-            conversations=[self.messages],
-            chat_template=self.template,
-            return_assistant_tokens_mask=True,
-            **special,
-        )
-        return [(int(start), int(stop)) for start, stop in spans[0]]
-
     def split(self, text: str, weight: float) -> Iterator[Piece]:
         """Text and media in order; marks become the parts they stand for."""
-        pattern = re.escape(self.mark) + "([0-9]+)\ue001"
-        for number, piece in enumerate(re.split(pattern, text)):
+        for number, piece in enumerate(re.split(self.pattern, text)):
             if number % 2:
                 yield Piece(part=self.media[int(piece)])
             elif piece:

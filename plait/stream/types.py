@@ -156,6 +156,14 @@ class MediaBatch:
                     "and forward() disagree",
                     origin,
                 )
+            for number, layer in enumerate(item.layers):
+                if len(layer) != plan.length:
+                    raise DataError(
+                        f"placeholders must equal features: {plan.length} positions were planned "
+                        f"for encoder {plan.encoder!r} but layer {number} of its features has "
+                        f"{len(layer)}; mend its forward()",
+                        origin,
+                    )
 
 
 @dataclass(slots=True)

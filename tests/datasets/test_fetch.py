@@ -129,10 +129,15 @@ def test_a_killed_download_is_made_good_by_the_next_run(own_home: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     packages = own_home / "packages"
     deadline = time.monotonic() + 20
-    while not list(packages.glob(".*.part-*/download-*")) and time.monotonic() < deadline:
+    begun: list[Path] = []
+    while not begun and process.poll() is None and time.monotonic() < deadline:
+        begun = list(packages.glob(".*.part-*/download-*"))
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert begun, "it was killed while it downloaded"
+    assert process.returncode == -signal.SIGKILL
     assert not (packages / f"{NAME}-{VERSION}").exists()
     assert (real_pip_package() / "fetched.json").is_file()
     assert left(packages) == [f"{NAME}-{VERSION}"]
@@ -214,7 +219,9 @@ def test_a_debian_package_is_unpacked_without_being_installed(own_home: Path) ->
     try:
         folder = apt_package("hello", progress=heard)
     except FetchError as error:
-        pytest.skip(f"no Debian archive can be reached: {error}")
+        if any(why in str(error) for why in ("cannot update the package lists", "cannot download")):
+            pytest.skip(f"no Debian archive can be reached: {error}")
+        raise
     assert folder == apt_folder("hello")
     assert (folder / "usr" / "bin" / "hello").is_file()
     record = json.loads((folder / "fetched.json").read_text())

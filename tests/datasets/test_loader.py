@@ -200,6 +200,21 @@ def test_too_long_and_never_sampled_rows_are_in_the_ledger(tmp_path: Path) -> No
         world.loader()
 
 
+def test_held_out_rows_that_cannot_be_read_are_broken_in_the_ledger(tmp_path: Path) -> None:
+    world, ledger = World(rows=8), Ledger(tmp_path / "l")
+    loader = Loader(
+        world.samples(), range(5), world.render, world.load,
+        LoaderSettings(capacity=60, epochs=2), skipping(), ledger,
+        broken=[(Origin("world", 6, "6.png"), "cut short")],
+    )  # fmt: skip
+    assert len({row for p in loader for row in p.rows}) == 5
+    ledger.close()
+    summary = count(tmp_path / "l")
+    expected = {"used": 5, "left_out": 2, "broken": 1}
+    assert summary.epochs == {0: expected, 1: expected}
+    assert summary.reasons["broken"] == {"cut short": 2} and not summary.twice
+
+
 def test_the_first_broken_row_raises_in_its_turn() -> None:
     world = World(broken=frozenset({11}))
     loader = world.loader()
@@ -226,12 +241,16 @@ def test_a_bug_is_not_taken_for_bad_data() -> None:
 
 
 def test_the_budget_stops_the_run_and_the_state_stays_before_the_pack() -> None:
-    world = World(broken=frozenset(range(0, 60, 5)))
+    broken = range(0, 60, 5)
+    world = World(broken=frozenset(broken))
     loader = world.loader(skipping(max_total=3))
     with pytest.raises(FailureBudgetError, match="at most 3"):
         list(loader)
     state = loader.state_dict()
-    assert len(state["policy"]["broken"]) <= 3
+    places = sorted(n for n, rows in enumerate(loader.plan(0)) for row in rows if row in broken)
+    assert state["pack"] == places[3], "the pack of the fourth broken row was not taken"
+    before = sum(place < places[3] for place in places)
+    assert len(state["policy"]["broken"]) == before <= 3
     patient = world.loader(skipping())
     patient.load_state_dict(state)
     found = [facts(p) for p in patient]
@@ -242,6 +261,13 @@ def test_nothing_left_to_train_on_is_an_error_and_no_endless_loop() -> None:
     world = World(rows=10, broken=frozenset(range(10)))
     with pytest.raises(DataError, match="every row of a whole epoch broke"):
         next(iter(world.loader(skipping(), epochs=None)))
+    for epochs in (1, 2):
+        with pytest.raises(DataError, match="every row of a whole epoch broke"):
+            list(world.loader(skipping(), epochs=epochs))
+    finished = world.loader(skipping(), epochs=1)
+    state = finished.state_dict() | {"pack": len(finished.plan(0))}
+    finished.load_state_dict(state)
+    assert list(finished) == [], "what was taken before is not judged again"
     with pytest.raises(FailureBudgetError, match="one after another"):
         next(iter(world.loader(skipping(max_consecutive=4), epochs=None)))
     with pytest.raises(DataError, match="needs a usable row"):

@@ -33,10 +33,11 @@ def load(item: Item) -> ItemInputs:
 
 
 def make(
-    path: Path, prefetch: int = 4, workers: int = 2, rows: int = ROWS, **settings: Any
-) -> Loader:
+    path: Path, prefetch: int = 4, workers: int = 2, rows: int = ROWS, first: int = 0,
+    **settings: Any,
+) -> Loader:  # fmt: skip
     samples = [
-        Sample(id=str(row), parts=(Image(f"{row}.png"),), origin=Origin("d", row))
+        Sample(id=str(first + row), parts=(Image(f"{row}.png"),), origin=Origin("d", row))
         for row in range(rows)
     ]
     wanted = {"capacity": 40, "epochs": EPOCHS, "seed": 1, "views": 2} | settings
@@ -144,6 +145,10 @@ def test_other_data_or_settings_are_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="resumes only on the data"):
             make(tmp_path / "b", **settings).load_state_dict(state)
     make(tmp_path / "b", prefetch=1, workers=1, epochs=9).load_state_dict(state)
+    others = make(tmp_path / "c", first=9)
+    assert others.measured.lengths == make(tmp_path / "d").measured.lengths
+    with pytest.raises(CheckpointError, match="their ids or lengths"):
+        others.load_state_dict(state)
 
 
 def test_beginning_again_in_a_used_folder_needs_an_emptied_ledger(tmp_path: Path) -> None:

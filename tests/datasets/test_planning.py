@@ -32,9 +32,6 @@ def by_letters(sample: Sample) -> Mapping[str, int]:
     return {"text": len(part.text), "image": 9}
 
 
-SKIP = FailurePolicy("skip", max_consecutive=None, max_total=None, too_long="drop")
-
-
 def skip(**settings: int | None) -> FailurePolicy:
     limits: dict[str, int | None] = {"max_consecutive": None, "max_total": None}
     return FailurePolicy("skip", too_long="drop", **(limits | settings))

@@ -1,13 +1,17 @@
 """The folder and CSV dialects, and how a dialect is chosen."""
 
+import os
 import pickle
+from contextlib import closing
 from pathlib import Path
 
 import PIL.Image
 import pytest
 
+from plait.datasets.ledger import Ledger, count
 from plait.datasets.records import CaptionOptions, LeftOut, open_records
-from plait.errors import ConfigError, DataError, UnknownNameError
+from plait.datasets.splits import SplitOptions, split
+from plait.errors import ConfigError, DataError, MediaError, UnknownNameError
 from plait.modalities import Image, Text
 from plait.stream import Message, Sample
 
@@ -45,7 +49,7 @@ def test_folder_rows_are_sorted_pictures_with_texts(tmp_path: Path) -> None:
     )
     assert (first.origin.dataset, first.origin.row) == ("mine", 0)
     assert first.origin.file == str(tmp_path / "b/c/y.png")
-    assert answer(records[-1]) == "Ünï"
+    assert answer(records[-1]) == "Ünï\nsecond"
     assert records[1:] == list(records)[1:]
     assert pickle.loads(pickle.dumps(records))[0] == first
     with pytest.raises(IndexError):
@@ -58,20 +62,64 @@ def test_folder_accounts_for_what_it_leaves_out(tmp_path: Path) -> None:
     (tmp_path / "a/drawn.svg").write_text("<svg/>")
     (tmp_path / "a/drawn.txt").write_text("A drawing")
     (tmp_path / "a/x.svg").write_text("<svg/>")  # x.png is read
+    (tmp_path / "a/new.jxl").write_bytes(b"")
+    (tmp_path / "a/new.txt").write_text("A format of tomorrow")
+    (tmp_path / "a/old").write_bytes(b"")
+    (tmp_path / "a/old.txt").write_text("No ending")
     (tmp_path / "readme.txt").write_text("no picture of this name")
     picture(tmp_path / ".hidden/x.png")
     records = open_records(tmp_path)
     assert records.left_out == (
         LeftOut("a/alone.png", "no .txt of the same name"),
-        LeftOut("a/drawn.svg", ".svg pictures are not read"),
+        LeftOut("a/drawn.svg", ".svg is not read as a picture"),
+        LeftOut("a/new.jxl", ".jxl is not read as a picture"),
+        LeftOut("a/old", "a file without an ending is not read as a picture"),
     )
     assert len(records) == 1
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    """A link to elsewhere, a second name for a folder inside, and a link that goes in a circle."""
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    captioned(home, {"b/one": "One"})
+    captioned(elsewhere, {"two": "Two", "deep/three": "Three"})
+    (home / "c").symlink_to(elsewhere)
+    (home / "a").symlink_to(home / "b")
+    (home / "b/up").symlink_to(home)
+    (home / "gone").symlink_to(tmp_path / "nowhere")
+    records = open_records(home)
+    assert [s.id for s in records] == ["b/one.png", "c/deep/three.png", "c/two.png"]
+    assert [s.label for s in records] == ["b", "c", "c"]
+    assert records[1].media()[0].header().format == "PNG"
+
+
+def test_names_that_are_not_utf8_are_spelt_out(tmp_path: Path) -> None:
+    """File systems hold any bytes; ids, messages, splits and the ledger need text."""
+    captioned(tmp_path, {os.fsdecode(b"caf\xe9/a\xff"): "One", "b": "Two"})
+    picture(tmp_path / os.fsdecode(b"c\xfe.png"))
+    records = open_records(tmp_path, captions=CaptionOptions(template="{class}: {text}"))
+    spelt = records[1]
+    assert (spelt.id, spelt.label) == (r"caf\xe9/a\xff.png", r"caf\xe9")
+    assert answer(spelt) == r"caf\xe9: One"
+    assert spelt.origin.file == rf"{tmp_path}/caf\xe9/a\xff.png"
+    assert spelt.media()[0].header().format == "PNG"
+    assert records.left_out == (LeftOut(r"c\xfe.png", "no .txt of the same name"),)
+    parts = split(records, SplitOptions(test=1, near_duplicate_bits=None))
+    assert sorted(parts.train + parts.test) == [0, 1]
+    (tmp_path / os.fsdecode(b"caf\xe9/a\xff.png")).write_bytes(b"broken")
+    with closing(Ledger(tmp_path / "ledger")) as ledger:
+        with pytest.raises(MediaError) as caught:
+            spelt.media()[0].header()
+        ledger.record(0, "broken", caught.value.origin, str(caught.value))
+        ledger.record(0, "used", records[0].origin, "half a pair: \udcff")
+    assert count(ledger.path).counts == {"broken": 1, "used": 1}
 
 
 def test_a_broken_row_raises_only_when_read(tmp_path: Path) -> None:
     captioned(tmp_path, {"a": "fine", "b": "", "c": " \nsecond", "e": "."})
     picture(tmp_path / "d.png").with_suffix(".txt").write_bytes(b"caf\xe9")
-    records = open_records(tmp_path, name="mine", captions=CaptionOptions(strip_final_stop=True))
+    captions = CaptionOptions(line=1, strip_final_stop=True)
+    records = open_records(tmp_path, name="mine", captions=captions)
     assert len(records) == 5
     assert answer(records[0]) == "fine"
     for row, rule, file in (
@@ -94,7 +142,10 @@ def test_a_broken_row_raises_only_when_read(tmp_path: Path) -> None:
         ({"strip_final_stop": True}, "A frog. ", "", "A frog"),
         ({"strip_final_stop": True}, "Well...", "", "Well..."),
         ({"lower_first": True}, "A Frog", "", "a Frog"),
+        ({}, " one \r\ntwo\n", "", "one \ntwo"),
+        ({"strip_final_stop": True}, "One.\nTwo.\n", "", "One.\nTwo"),
         ({"line": 2}, "one\ntwo\r\n", "", "two"),
+        ({"line": 1}, "one\u2028and\x0btwo\nthree", "", "one\u2028and\x0btwo"),
         ({"template": "{class}: {text}"}, "a frog", "animals", "animals: a frog"),
         ({"template": "{class}: {text}"}, "a frog", "", "a frog"),
         ({"template": "Say {{{text}}}"}, "{class}", "c", "Say {{class}}"),
@@ -102,6 +153,22 @@ def test_a_broken_row_raises_only_when_read(tmp_path: Path) -> None:
 )
 def test_captions(options: dict[str, object], text: str, label: str, caption: str) -> None:
     assert CaptionOptions(**options).caption(text, label) == caption  # type: ignore[arg-type]
+
+
+def test_lines_that_are_not_used_are_counted(tmp_path: Path) -> None:
+    captioned(tmp_path, {"a": "one\r\ntwo", "b": "one\n\n", "c": "one\u2028still one"})
+    picture(tmp_path / "d.png").with_suffix(".txt").write_bytes(b"caf\xe9\n\xe9")
+    (note,) = open_records(tmp_path, captions=CaptionOptions(line=1)).notes()
+    assert note.startswith("1 captions have several lines, of which line 1 alone is learned")
+    assert open_records(tmp_path).notes() == []
+    table = tmp_path / "t.csv"
+    table.write_text('file,text\na.png,"one\ntwo"\nb.png,"one\n"\nshort\n')
+    assert open_records(table, captions=CaptionOptions(line=1)).notes() == [note]
+
+
+def test_a_caption_without_the_line_is_refused() -> None:
+    with pytest.raises(DataError, match=r"must have line 2; this text has 1 lines"):
+        CaptionOptions(line=2).caption("one\u2028two\n", "")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +206,7 @@ def test_csv_folder_file_and_media_dir(tmp_path: Path) -> None:
     captions = CaptionOptions(template="{class}: {text}")
     records = open_records(tmp_path, captions=captions)
     assert (records.dialect, len(records)) == ("csv", 2)
-    assert [answer(s) for s in records] == ["A frog, green.", "cars: B"]
+    assert [answer(s) for s in records] == ["A frog, green.\nmore", "cars: B"]
     assert [s.id for s in records] == ["animals/a.png", "b.png"]
     assert records[0].media() == (Image(tmp_path / "animals/a.png"),)
     elsewhere = open_records(table, media_dir=tmp_path / "media")

@@ -100,6 +100,9 @@ def test_marks_and_files_must_be_as_many(
         (row(images=[3]), "it holds a number"),
         (row(images=["http://x/a.png"]), "download it first"),
         (row(label=["x"]), "label must be a string; it is a list"),
+        (row(label="a\udcff"), "label: .*lone surrogate"),
+        (row(id="\ud800"), "id: .*lone surrogate"),
+        ({"messages": [{"role": "user", "content": "", "weight": 10**400}]}, "0 or more"),
     ],
 )
 def test_a_bad_row_names_itself_and_no_other_row_suffers(write: Write, bad: Any, rule: str) -> None:

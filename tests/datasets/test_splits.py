@@ -1,6 +1,7 @@
 """Splits: by the hash of ids, near-duplicates together, the same every time."""
 
 import hashlib
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import overload
@@ -10,11 +11,11 @@ import PIL.Image
 import PIL.ImageDraw
 import pytest
 
-from plait.datasets.likeness import joined, near_pairs, picture_hash
+from plait.datasets.likeness import group_rows, joined, near_rows, picture_hash
 from plait.datasets.records import open_records
 from plait.datasets.splits import SplitOptions, Splits, split
 from plait.errors import ConfigError, DataError
-from plait.modalities import Image
+from plait.modalities import Image, Limits
 from plait.stream import Message, Sample
 
 
@@ -109,7 +110,8 @@ def near(one: np.ndarray, other: np.ndarray) -> bool:
     )
     bits = SplitOptions().near_duplicate_bits
     assert bits is not None
-    return near_pairs(edges, brightness, bits) == [(0, 1)]
+    (_, close), _ = near_rows(edges, brightness, bits)
+    return close.tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -147,9 +149,38 @@ def test_near_pairs_and_groups_agree_with_the_definition() -> None:
         for j in range(i + 1, 36)
         if (bits[i] != bits[j]).sum() <= 4 and np.abs(light[i] - light[j]).max() <= 96
     ]
-    assert near_pairs(edges, light, 4) == expected
+    rows = list(near_rows(edges, light, 4))
+    assert [(row, other) for row, close in rows for other in close.tolist()] == expected
     assert expected
-    assert joined(6, [(4, 3), (3, 1), (5, 0)]) == [0, 1, 2, 1, 1, 0]
+    assert joined(6, [(4, [3]), (3, [1]), (5, [0]), (2, [])]) == [0, 1, 2, 1, 1, 0]
+    leaders = joined(36, rows)
+    for one, other in expected:
+        assert leaders[one] == leaders[other] <= one
+
+
+def test_one_placeholder_in_many_rows_is_read_once_and_held_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two million pairs are near, and so are 500 other pictures of few pixels each."""
+    PIL.Image.new("RGB", (8, 8), "grey").save(tmp_path / "missing.png")
+    read: list[str] = []
+    decode = Image.decode
+
+    def counted(image: Image, *limits: Limits) -> np.ndarray:
+        read.append(image.file)
+        return decode(image, *limits)
+
+    monkeypatch.setattr(Image, "decode", counted)
+    placeholder = Image(tmp_path / "missing.png")
+    parts = [placeholder] * 2000 + [Image(np.full((2, 2, 3), n % 5, np.uint8)) for n in range(500)]
+    samples = [Sample(parts=(part,), id=str(n)) for n, part in enumerate(parts)]
+    tracemalloc.start()
+    groups, broken = group_rows(samples, 12, Limits())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert groups == [0] * 2000 + [2000] * 500 and not broken
+    assert read.count(placeholder.file) == 1
+    assert peak < 20e6, "the pairs are not held"
 
 
 @pytest.mark.parametrize(
@@ -214,7 +245,7 @@ def test_progress_counts_every_picture_of_a_real_folder(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     records = open_records(tmp_path)
     split(records, SplitOptions(test=2), progress=lambda done, count: seen.append((done, count)))
-    assert seen == [(n, 6) for n in range(1, 7)]
+    assert seen == [(n, 12) for n in range(1, 13)], "each is hashed, then compared"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import pytest
 
 from plait.errors import ConfigError, DataError, MediaError
 from plait.modalities import Image, Limits, MediaPart, Text
+from plait.modalities.image import FORMATS
 
 
 def noise(height: int, width: int, channels: int | None = 3, seed: int = 0) -> np.ndarray:
@@ -205,8 +207,8 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "truncated": (folder / "truncated.png", "cannot be decoded"),
         "truncated jpeg": (folder / "truncated.jpg", "cannot be decoded"),
         "cut in its header": (folder / "header.png", "must be"),
-        "not a picture": (folder / "text.png", "Pillow reads"),
-        "drawing": (folder / "drawing.eps", "drawing commands"),
+        "not a picture": (folder / "text.png", "format that is read"),
+        "drawing": (folder / "drawing.eps", "format that is read"),
         "null byte": (folder / "a\0b.png", "cannot be read"),
     }
 
@@ -268,6 +270,27 @@ def test_decompression_bomb_is_a_media_error(tmp_path: Path) -> None:
     assert before == PIL.Image.MAX_IMAGE_PIXELS
 
 
+@pytest.mark.parametrize("kind", ["ICO", "ICNS"])
+def test_formats_that_are_not_worth_their_risk_are_never_opened(kind: str) -> None:
+    """Pillow decodes an ICO when it is opened: no limit on pixels could hold."""
+    data = saved(PIL.Image.fromarray(noise(64, 64)), kind)
+    with no_decoding(), pytest.raises(MediaError, match=r"format that is read \(PNG, JPEG.*as PNG"):
+        Image(data).header(Limits(max_image_pixels=16))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_that_is_opened_is_checked_before_decoding(kind: str) -> None:
+    picture = PIL.Image.fromarray(noise(16, 24))
+    if kind == "QOI":
+        data = b"qoif" + (24).to_bytes(4) + (16).to_bytes(4) + b"\3\0" + bytes(8)
+    else:
+        data = saved(picture, kind)
+    with no_decoding():
+        assert (Image(data).header().width, Image(data).header().height) == (24, 16)
+        with pytest.raises(MediaError, match="at most 383 pixels"):
+            Image(data).decode(Limits(max_image_pixels=383))
+
+
 @pytest.mark.parametrize(
     ("array", "rule"),
     [
@@ -310,10 +333,18 @@ def test_parts_compare_hash_and_pickle() -> None:
         Image("a.png").source = "b.png"  # type: ignore[misc]
 
 
-def test_one_part_is_read_by_many_threads(tmp_path: Path) -> None:
-    pixels = noise(32, 32)
+def test_one_part_is_read_by_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = noise(32, 48)
     file = tmp_path / "p.png"
-    PIL.Image.fromarray(pixels).save(file)
+    PIL.Image.fromarray(pixels).save(file, exif=with_orientation(6))
+    pixels = np.rot90(pixels, -1)
+    load = PIL.Image.Exif.load
+
+    def slow(exif: PIL.Image.Exif, data: bytes) -> None:
+        time.sleep(0.02)  # the other threads overtake
+        load(exif, data)
+
+    monkeypatch.setattr(PIL.Image.Exif, "load", slow)
     for source in (file, PIL.Image.open(file)):
         image = Image(source)
         with ThreadPoolExecutor(8) as pool:
@@ -324,6 +355,11 @@ def test_one_part_is_read_by_many_threads(tmp_path: Path) -> None:
 def test_limits_and_text_refuse_what_cannot_be_used() -> None:
     with pytest.raises(ConfigError, match="max_image_pixels"):
         Limits(max_image_pixels=0)
+    assert PIL.Image.MAX_IMAGE_PIXELS
+    most = 2 * PIL.Image.MAX_IMAGE_PIXELS
+    assert Limits(max_image_pixels=most).max_image_pixels == most
+    with pytest.raises(ConfigError, match=r"max_image_pixels.*Pillow refuses.*; lower it"):
+        Limits(max_image_pixels=most + 1)
     with pytest.raises(DataError, match="lone surrogate"):
         Text("a\ud800")
     with pytest.raises(DataError, match="string"):

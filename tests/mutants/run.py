@@ -78,7 +78,7 @@ def tests_fail(tree: Path, tests: tuple[str, ...]) -> bool:
     try:
         done = subprocess.run(
             command, cwd=tree, env=environment, capture_output=True, text=True,
-            timeout=SECONDS, check=False,
+            errors="replace", timeout=SECONDS, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return True

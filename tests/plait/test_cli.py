@@ -169,7 +169,7 @@ def test_bad_recipes_name_the_thing_and_the_remedy(
         "model.encoders.image.name=hf_vison": "did you mean 'hf_vision'",
         "model.language=no-such-model": "no-such-model",
         "model.encoders.image.projector=mpl": "did you mean 'mlp'",
-        "model.template='no answer here'": "labelled",
+        "model.template='no answer here'": "does not write turn 0",
         "train.capacity=6": "positions",
         "model.train=[vision]": "",
     }

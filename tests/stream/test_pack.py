@@ -116,6 +116,11 @@ def broken_documents() -> dict[str, Document]:
         "a span elsewhere": replace(good, spans=(Span(3, 3, "e", 0),)),
         "a span twice": replace(good, spans=(*good.spans, *good.spans)),
         "spans that overlap": replace(good, spans=(Span(2, 2, "e", 0), Span(3, 2, "e", 0, 1))),
+        "an item that is not there": replace(good, spans=(replace(good.spans[0], item=1),)),
+        "another encoder": replace(good, spans=(replace(good.spans[0], encoder="other"),)),
+        "a feature twice": replace(good, spans=(Span(2, 2, "e", 0), Span(4, 1, "e", 0, offset=1))),
+        "a feature by none": replace(good, spans=(Span(2, 2, "e", 0), Span(4, 1, "e", 0, 3))),
+        "features from elsewhere": replace(good, spans=(replace(good.spans[0], offset=5),)),
         "a promise not kept": replace(good, items=(longer,)),
         "an item without positions": replace(good, items=(*good.items, good.items[0])),
     }
@@ -140,5 +145,11 @@ def test_features_that_are_too_few_name_their_row() -> None:
     where = r"3 positions were planned.*'e'.*returned 4.*\(dataset pets, row 7, file dog.png\)"
     with pytest.raises(DataError, match=where):
         batch.check([right[0], Encoded(torch.zeros(4, 4))])
+    deep = [replace(item, layers=(item.embeddings, item.embeddings)) for item in right]
+    batch.check(deep)
+    short = replace(right[1], layers=(torch.zeros(3, 4), torch.zeros(2, 4)))
+    where = r"3 positions were planned.*layer 1 of its features has 2.*file dog.png\)"
+    with pytest.raises(DataError, match=where):
+        batch.check([deep[0], short])
     with pytest.raises(ModelError, match=r"'e'.*2 items.*returned 1"):
         batch.check(right[:1])

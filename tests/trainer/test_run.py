@@ -208,6 +208,25 @@ def test_a_broken_held_out_row(values: dict[str, Any], pictures: Path, which: st
     splits = open_data(loose.data).splits
     assert metrics["test"]["count"] == len(splits.test) - (which == "test")
     assert metrics["data"][which] == len(getattr(splits, which)) - 1
+    held_out = len(splits.test) + len(splits.validation)
+    for epoch in (0, 1):
+        rows = [line for line in lines(loose.folder) if line["epoch"] == epoch]
+        (broken,) = [line for line in rows if line["status"] == "broken"]
+        assert name in broken["file"] and "a picture must be whole" in broken["reason"]
+        assert Counter(line["status"] for line in rows)["left_out"] == held_out - 1
+
+
+def test_held_out_rows_and_training_rows_share_a_budget(
+    values: dict[str, Any], pictures: Path
+) -> None:
+    config = over(values, pictures, on_error="skip", max_total=2)
+    names = break_rows(config, 2, "test") + break_rows(config, 1)
+    with pytest.raises(FailureBudgetError, match=r"2 broken rows in a run.*3 broke") as caught:
+        train(config, QUIET)
+    assert all(name in str(caught.value) for name in names)
+    strict = over(values, pictures, on_error="skip", max_total=1)
+    with pytest.raises(FailureBudgetError, match="2 broke"):
+        train(strict, QUIET)
 
 
 @pytest.fixture(scope="module")
