@@ -19,7 +19,8 @@ from plait.datasets.splits import SplitOptions
 from plait.datasets.views import Views
 from plait.errors import ConfigError, UnknownNameError
 from plait.modalities import Limits
-from plait.trainer.spec import ModelSpec
+from plait.ranges import ADAMW, check_number
+from plait.trainer.spec import ModelSpec, check_part_rates
 
 FETCHED = "fetched:"
 """`data.path: fetched:stamps` is what `plait fetch stamps` brought."""
@@ -127,6 +128,10 @@ class TrainConfig:
                 raise ConfigError(
                     f"train.{name} must be at least {low}; it is {getattr(self, name)}"
                 )
+        for name in ("learning_rate", "weight_decay", "grad_clip_norm"):
+            check_number(f"train.{name}", getattr(self, name), ADAMW[name])
+        check_number("train.final_share", self.final_share, "[0, 1]")
+        check_part_rates("train.part_learning_rates", self.part_learning_rates)
 
 
 @dataclass(frozen=True, kw_only=True)

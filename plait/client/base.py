@@ -24,6 +24,10 @@ class Client(Ready):
     def _built(self) -> Built:
         return self._engine.built
 
+    @property
+    def _vocabulary(self) -> int:
+        return self._built.model.output_weight.shape[0]
+
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer, with the template that renders messages."""
         return self._built.tokenizer
@@ -46,7 +50,7 @@ class Client(Ready):
             self._built.layout,
             None if targets is None else targets.tolist(),
             length_known if weights is None else weights.tolist(),
-            vocabulary=self._built.model.output_weight.shape[0],
+            vocabulary=self._vocabulary,
         )
         check_expected(model_input, document)
         return document

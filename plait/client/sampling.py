@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import numpy as np
+
 from plait.client.base import Client
 from plait.client.futures import APIFuture
-from plait.errors import ConfigError
+from plait.ranges import check_number
 from plait.trainer.engine import commands
 from plait.trainer.engine.controller import Engine
 from plait.trainer.sampling.sampler import SamplerSettings
@@ -17,6 +19,7 @@ class SamplingClient(Client):
     def __init__(self, engine: Engine, snapshot: int | None) -> None:
         super().__init__(engine)
         self._snapshot = snapshot
+        self._seeds = np.random.default_rng()
 
     def sample(
         self, prompt: ModelInput, num_samples: int, sampling_params: SamplingParams
@@ -24,19 +27,29 @@ class SamplingClient(Client):
         """Continue a prompt `num_samples` times.
 
         Logprobs are those of the raw distribution: temperature 1, nothing excluded.
+
+        Raises:
+            ConfigError: no sample is asked for, or a stop token is none of this model's.
         """
-        if num_samples < 1:
-            raise ConfigError(f"num_samples must be at least 1; it is {num_samples}")
-        stop = None if sampling_params.stop is None else tuple(sampling_params.stop)
-        settings = SamplerSettings(
-            max_tokens=sampling_params.max_tokens,
-            temperature=sampling_params.temperature,
-            seed=sampling_params.seed,
-            stop=stop,
-        )
+        check_number("num_samples", num_samples, "[1, inf)", whole=True)
         document = self._document(prompt, {})
+        settings = self._settings(sampling_params)
         command = commands.Sample(document, settings, num_samples, self._snapshot)
         return APIFuture(self._engine.submit(command), _sample_response)
+
+    def _settings(self, params: SamplingParams) -> SamplerSettings:
+        stop = None if params.stop is None else tuple(params.stop)
+        for token in stop or ():
+            if isinstance(token, int):
+                check_number("a stop token", token, f"[0, {self._vocabulary})", whole=True)
+        return SamplerSettings(
+            max_tokens=params.max_tokens,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            seed=int(self._seeds.integers(2**62)) if params.seed is None else params.seed,
+            stop=stop,
+        )
 
 
 def _sample_response(rows: list[Any]) -> SampleResponse:

@@ -262,8 +262,44 @@ def test_snapshots_are_immutable(make: Make, samples: list[Sample]) -> None:
     client.optim_step(params).result()
     assert_equal(weights(client), weights(alone))
     assert old.sample(prompt, 2, sampling).result() == first
-    with pytest.raises(ConfigError, match="num_samples must be at least 1"):
+    with pytest.raises(ConfigError, match="num_samples must be a whole number of at least 1"):
         old.sample(prompt, 0, sampling)
+
+
+def test_a_call_without_a_seed_draws_anew(make: Make) -> None:
+    client = make()
+    sampler = client.save_weights_and_get_sampling_client()
+    prompt = client.prompt("which")
+
+    def tokens(**options: Any) -> list[int]:
+        params = SamplingParams(max_tokens=12, stop=(), temperature=2.0, **options)
+        return sampler.sample(prompt, 1, params).result().sequences[0].tokens
+
+    assert tokens() != tokens()
+    assert tokens(seed=4) == tokens(seed=4)
+    assert tokens(top_k=1) == tokens(top_p=1e-6)
+
+
+def test_a_stop_text_ends_a_sequence_and_stays_in_it(make: Make) -> None:
+    client = make()
+    sampler = client.save_weights_and_get_sampling_client()
+    prompt, decode = client.prompt("which"), client.get_tokenizer().decode
+    free = SamplingParams(max_tokens=30, stop=(), temperature=0.0)
+    whole = decode(sampler.sample(prompt, 1, free).result().sequences[0].tokens)
+    for stop in (whole[3:5], ["not there", whole[3:5]]):
+        params = SamplingParams(max_tokens=30, stop=stop, temperature=0.0)
+        (row,) = sampler.sample(prompt, 1, params).result().sequences
+        assert row.stop_reason == "stop"
+        assert whole[3:5] in decode(row.tokens) and whole.startswith(decode(row.tokens))
+        assert whole[3:5] not in decode(row.tokens[:-1])
+    with pytest.raises(ConfigError, match="a stop token must be a whole number in"):
+        sampler.sample(prompt, 1, SamplingParams(stop=[10_000]))
+
+
+def test_a_rate_of_an_unknown_part_is_refused_at_once(make: Make) -> None:
+    client = make()
+    with pytest.raises(UnknownNameError, match="did you mean 'projector'"):
+        client.optim_step(AdamParams(part_learning_rates={"projecter": 2e-3}))
 
 
 def test_saved_state_goes_on_bit_equal(make: Make, samples: list[Sample]) -> None:

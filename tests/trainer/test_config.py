@@ -72,6 +72,13 @@ def test_an_unknown_key_is_refused_with_the_nearest(path: str, near: str) -> Non
     ("train.steps", 0, r"train\.steps must be at least 1; it is 0"),
     ("train.capacity", 1, r"train\.capacity must be at least 2"),
     ("train.accumulate", 0, r"train\.accumulate must be at least 1"),
+    ("train.part_learning_rates", {"projecter": 2e-3}, "did you mean 'projector'"),
+    ("train.part_learning_rates", {"projector": -1.0}, "part_learning_rates.projector must be"),
+    ("train.learning_rate", float("nan"), r"train\.learning_rate must be a number of at least 0"),
+    ("train.learning_rate", -1e-3, r"train\.learning_rate must be a number of at least 0"),
+    ("train.weight_decay", -0.1, r"train\.weight_decay must be"),
+    ("train.grad_clip_norm", float("inf"), r"train\.grad_clip_norm must be"),
+    ("train.final_share", 1.5, r"train\.final_share must be a number in \[0, 1\]"),
     ("train.warmup", -1, r"train\.warmup must be at least 0"),
     ("train.checkpoint_every", 0, r"train\.checkpoint_every must be at least 1"),
 ])  # fmt: skip
