@@ -1,7 +1,7 @@
 """What training and sampling clients share."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from plait.client.futures import Ready
 from plait.client.inputs import check_expected, input_from, part_of, piece_of
@@ -56,5 +56,14 @@ class Client(Ready):
         return document
 
     def close(self) -> None:
-        """Finish what is queued and release the engine."""
+        """Finish what is queued and release the engine, as the end of a `with` block does.
+
+        A client that is dropped instead releases what it holds as well, without waiting.
+        """
         self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()

@@ -1,11 +1,14 @@
 """The client that samples."""
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from plait.client.base import Client
 from plait.client.futures import APIFuture
+from plait.errors import ModelError
 from plait.ranges import check_number
 from plait.trainer.engine import commands
 from plait.trainer.engine.controller import Engine
@@ -14,11 +17,20 @@ from plait.types import ModelInput, SampledSequence, SampleResponse, SamplingPar
 
 
 class SamplingClient(Client):
-    """Samples from fixed weights."""
+    """Samples from fixed weights.
+
+    Args:
+        snapshot: Of an engine that somebody else trains with; None has the engine to itself.
+    """
 
     def __init__(self, engine: Engine, snapshot: int | None) -> None:
         super().__init__(engine)
-        self._snapshot = snapshot
+        self._snapshot, self._closed = snapshot, False
+        self._release: Callable[[], object] = engine.close
+        if snapshot is not None:  # the weights go with the client, the engine stays
+            finalizer = weakref.finalize(self, engine.discard, snapshot)
+            finalizer.atexit = False
+            self._release = finalizer
         self._seeds = np.random.default_rng()
 
     def sample(
@@ -30,12 +42,20 @@ class SamplingClient(Client):
 
         Raises:
             ConfigError: no sample is asked for, or a stop token is none of this model's.
+            ModelError: the client, or the one whose weights it samples from, is closed.
         """
+        if self._closed:
+            raise ModelError("this client is closed; create a new one")
         check_number("num_samples", num_samples, "[1, inf)", whole=True)
         document = self._document(prompt, {})
         settings = self._settings(sampling_params)
         command = commands.Sample(document, settings, num_samples, self._snapshot)
         return APIFuture(self._engine.submit(command), _sample_response)
+
+    def close(self) -> None:
+        """Give the weights back: those of a snapshot, or a whole engine of one's own."""
+        self._closed = True
+        self._release()
 
     def _settings(self, params: SamplingParams) -> SamplerSettings:
         stop = None if params.stop is None else tuple(params.stop)

@@ -119,7 +119,11 @@ class TrainingClient(Client):
         return APIFuture(future, lambda _: LoadWeightsResponse(path))
 
     def save_weights_and_get_sampling_client(self, name: str | None = None) -> SamplingClient:
-        """A client that samples from the weights as they are now, whatever trains later."""
+        """A client that samples from the weights as they are now, whatever trains later.
+
+        It holds a copy of all that trains until it is closed or dropped; this client's end is its
+        own, too.
+        """
         if name is not None:
             self.save_weights_for_sampler(name).result()
         number: int = self._engine.submit(commands.TakeSnapshot()).result()

@@ -92,6 +92,7 @@ def test_commands_and_results_are_plain_data(engine: Engine, tmp_path: Path) -> 
         commands.LoadState(tmp_path / "one", with_optimizer=True),
         commands.TakeSnapshot(),
         commands.Sample(prompt, SamplerSettings(max_tokens=2), 2, 0),
+        commands.DropSnapshot(0),
     ]:
         copy: Any = pickle.loads(pickle.dumps(command))
         result = engine.submit(copy).result()

@@ -60,6 +60,13 @@ class TakeSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class DropSnapshot:
+    """Forget a snapshot; one that is gone already is no error."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class SaveState:
     """Write weights, optimiser and random state into `folder`; refused while gradients pend."""
 
@@ -75,5 +82,5 @@ class LoadState:
     with_optimizer: bool = False
 
 
-Command = ForwardBackward | OptimStep | Sample | TakeSnapshot | SaveState | LoadState
+Command = ForwardBackward | OptimStep | Sample | TakeSnapshot | DropSnapshot | SaveState | LoadState
 Result = list[DocumentResult] | dict[str, float] | list[Generated] | int | None

@@ -1,7 +1,9 @@
 """One rank's half of the engine: owns the model, the gradients and the optimiser."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from plait.trainer.build import Built
 from plait.trainer.engine.commands import (
     Command,
     DocumentResult,
+    DropSnapshot,
     ForwardBackward,
     LoadState,
     OptimStep,
@@ -25,7 +28,7 @@ from plait.trainer.engine.commands import (
 )
 from plait.trainer.model import Sums
 from plait.trainer.optimiser import make_optimizer, prepare_step, refuse_untrained
-from plait.trainer.sampling.sampler import generate
+from plait.trainer.sampling.sampler import Generated, generate
 
 
 class Executor:
@@ -40,19 +43,10 @@ class Executor:
         self.steps = 0
         self.pending_weight = 0.0
         self._snapshots: dict[int, dict[str, Tensor]] = {}
-        self._handlers = {
-            ForwardBackward: self.forward_backward,
-            OptimStep: self.optim_step,
-            Sample: self.sample,
-            TakeSnapshot: self.take_snapshot,
-            SaveState: self.save_state,
-            LoadState: self.load_state,
-        }
+        self._numbers = count()
 
     def execute(self, command: Command) -> Result:
-        handler = self._handlers[type(command)]
-        result: Result = handler(command)  # type: ignore[operator]
-        return result
+        return _HANDLERS[type(command)](self, command)
 
     def forward_backward(self, command: ForwardBackward) -> list[DocumentResult]:
         results: list[DocumentResult | None] = [None] * len(command.documents)
@@ -115,7 +109,7 @@ class Executor:
         self.steps += 1
         return {"grad_norm:mean": metrics["grad_norm"]}
 
-    def sample(self, command: Sample) -> list[object]:
+    def sample(self, command: Sample) -> list[Generated]:
         with self._weights_of(command.snapshot):
             rows = generate(
                 self.model,
@@ -130,9 +124,12 @@ class Executor:
 
     def take_snapshot(self, command: TakeSnapshot) -> int:
         del command
-        number = len(self._snapshots)
+        number = next(self._numbers)
         self._snapshots[number] = self._copies()
         return number
+
+    def drop_snapshot(self, command: DropSnapshot) -> None:
+        self._snapshots.pop(command.number, None)
 
     def _copies(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for _, name, parameter in self.model.trainable()}
@@ -170,16 +167,29 @@ class Executor:
         checkpoint.save(command.folder, self.built, state)
 
     def load_state(self, command: LoadState) -> None:
-        state = checkpoint.load(command.folder, self.built, with_state=command.with_optimizer)
-        if command.with_optimizer:
-            if state is None:
-                raise CheckpointError(
-                    f"checkpoint {command.folder} holds weights only; use load_state"
-                )
+        def accept(state: checkpoint.State | None) -> None:
+            if command.with_optimizer:
+                checkpoint.check_state(command.folder, state, self.optimizer)
+
+        state = checkpoint.load(
+            command.folder, self.built, with_state=command.with_optimizer, accept=accept
+        )
+        if state is not None:
             checkpoint.restore(state, self.optimizer)
             self.steps = state.step
         self.optimizer.zero_grad(set_to_none=True)
         self.pending_weight = 0.0
+
+
+_HANDLERS: dict[type[Command], Callable[[Executor, Any], Result]] = {
+    ForwardBackward: Executor.forward_backward,
+    OptimStep: Executor.optim_step,
+    Sample: Executor.sample,
+    TakeSnapshot: Executor.take_snapshot,
+    DropSnapshot: Executor.drop_snapshot,
+    SaveState: Executor.save_state,
+    LoadState: Executor.load_state,
+}
 
 
 def _results(documents: Sequence[Document], sums: Sums) -> list[DocumentResult]:
