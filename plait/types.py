@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from plait.errors import ConfigError, DataError, UnknownNameError
+from plait.errors import ConfigError, DataError, Origin, UnknownNameError
 from plait.modalities import Image
 from plait.ranges import ADAMW, SAMPLING, check_number, check_numbers
 
@@ -22,6 +22,10 @@ Dtype = Literal["float32", "int64"]
 
 LOSS_INPUTS: dict[str, Dtype] = {"target_tokens": "int64", "weights": "float32"}
 """Inputs that the losses read, with their types."""
+
+
+FORMATS = {"png": ("PNG",), "jpeg": ("JPEG", "MPO")}
+"""The formats of pictures that may be named, and what Pillow calls their bytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,12 +81,18 @@ class ImageChunk:
     """A picture: encoded bytes as in the Tinker API, or any `plait.Image`.
 
     `expected_tokens` is advisory there and checked here where it is given; `length` needs it.
-    `TrainingClient.datum` fills it in.
+    `TrainingClient.datum` fills it in. `format`, where it is given, must be that of the bytes.
+    `origin` is where the picture came from, for error messages.
     """
 
     data: bytes | Image
     format: Literal["png", "jpeg"] | None = None
     expected_tokens: int | None = None
+    origin: Origin = field(default=Origin(), compare=False)
+
+    def __post_init__(self) -> None:
+        if self.format not in (None, *FORMATS):
+            raise UnknownNameError("picture format", self.format, FORMATS)
 
     @property
     def image(self) -> Image:
@@ -302,3 +312,6 @@ class ModelInfo:
     lora_rank: int | None
     trainable: dict[str, int]
     """Trainable parameters of each part."""
+
+    user_metadata: dict[str, str] = field(default_factory=dict)
+    """What the user said of the run when it was created."""

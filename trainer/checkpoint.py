@@ -51,11 +51,17 @@ class State:
     """The loader's state and whatever the caller keeps; plain JSON."""
 
 
-def save(folder: Path, built: Built, state: State | None = None) -> None:
+def save(
+    folder: Path,
+    built: Built,
+    state: State | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write a checkpoint at `folder`, whole or not at all.
 
     Args:
         state: With it the checkpoint can be resumed from; without, it holds weights only.
+        metadata: The user's own words about it, which the manifest keeps.
 
     Raises:
         CheckpointError: it cannot be written; an earlier one at `folder` is unchanged.
@@ -72,6 +78,7 @@ def save(folder: Path, built: Built, state: State | None = None) -> None:
             "step": state.step if state else None,
             "versions": {name: version(name) for name in LIBRARIES},
             "files": files,
+            "user_metadata": dict(metadata or {}),
         }
         write_json(aside / "manifest.json", {**manifest, "sha256": _own_hash(manifest)})
 

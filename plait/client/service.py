@@ -23,9 +23,17 @@ class ServiceClient:
 
     Args:
         folder: Where `save_state` puts its files; `$PLAIT_HOME/runs` by default.
+
+    Raises:
+        ConfigError: an address instead of a folder.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
+        if isinstance(folder, str) and "://" in folder:
+            raise ConfigError(
+                "this version works in its own process and ServiceClient takes a folder; "
+                f"{folder} is an address, which a later release will take: leave it out"
+            )
         self.folder = Path(folder) if folder is not None else home() / "runs"
 
     def create_lora_training_client(
@@ -51,6 +59,7 @@ class ServiceClient:
         Args:
             base_model: A folder, a hub id, or `pip:<distribution>`.
             seed: Draws the initial weights; 0 by default.
+            user_metadata: Texts by name that the manifest of everything saved will hold.
             train_mlp, train_attn: Which linear layers get an adapter.
             train_unembed: An adapter on the output layer, which is refused here.
             encoders: An encoder per medium: `{"image": EncoderSpec(name=..., weights=...)}`.
@@ -83,8 +92,11 @@ class ServiceClient:
         engine: EngineSettings | None = None,
     ) -> TrainingClient:
         """A training client for a whole `ModelSpec`; full fine-tuning with `lora=None`."""
+        metadata = dict(user_metadata or {})
+        if not all(isinstance(word, str) for pair in metadata.items() for word in pair):
+            raise ConfigError(f"user_metadata must be texts by name; it is {metadata}")
         built = build(spec, seed or 0)
-        return TrainingClient(Engine(built, engine), self.folder, dict(user_metadata or {}))
+        return TrainingClient(Engine(built, engine), self.folder, metadata)
 
     def create_sampling_client(
         self, model_path: str | Path | None = None, base_model: str | None = None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from plait.client.base import Client
 from plait.client.futures import APIFuture
-from plait.client.inputs import input_from
+from plait.client.inputs import check_plain, input_from
 from plait.client.paths import SCHEME, weights_folder
 from plait.client.sampling import SamplingClient
 from plait.errors import ConfigError, DataError, UnknownNameError
@@ -30,7 +30,12 @@ from plait.types import (
 
 
 class TrainingClient(Client):
-    """Trains one model through primitives. Losses are SUMS over tokens and datums."""
+    """Trains one model through primitives. Losses are SUMS over tokens and datums.
+
+    Args:
+        folder: Where `save_state` puts its files.
+        metadata: Stands in the manifest of everything saved, and in `get_info`.
+    """
 
     def __init__(self, engine: Engine, folder: Path, metadata: dict[str, str]) -> None:
         super().__init__(engine)
@@ -39,7 +44,12 @@ class TrainingClient(Client):
         self._folder = folder
 
     def datum(self, sample: Sample) -> Datum:
-        """Render a sample: the one way from messages and media to what trains."""
+        """Render a sample: the one way from messages and media to what trains.
+
+        Raises:
+            DataError: it cannot be rendered, is an augmented view, or belongs to a group.
+        """
+        check_plain(sample)
         document = render(sample, self._built.tokenizer, self._built.layout)
         return Datum(
             input_from(document),
@@ -101,7 +111,9 @@ class TrainingClient(Client):
         if not name or "/" in name or name.startswith("."):
             raise ConfigError(f"a checkpoint's name has no / and no leading dot; got {name!r}")
         folder = self._folder / self.run_id / kind / name
-        future = self._engine.submit(commands.SaveState(folder, weights_only))
+        future = self._engine.submit(
+            commands.SaveState(folder, weights_only, dict(self.user_metadata))
+        )
         path = f"{SCHEME}{self.run_id}/{kind}/{name}"
         return APIFuture(future, lambda _: SaveWeightsResponse(path))
 
@@ -136,6 +148,7 @@ class TrainingClient(Client):
             is_lora=self._built.lora is not None,
             lora_rank=spec.lora.rank if spec.lora and self._built.lora is not None else None,
             trainable={part: count["trainable"] for part, count in counts.items()},
+            user_metadata=dict(self.user_metadata),
         )
 
 

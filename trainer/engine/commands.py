@@ -3,7 +3,7 @@
 Shape letters: T positions of a document.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +72,8 @@ class SaveState:
 
     folder: Path
     weights_only: bool = False
+    metadata: dict[str, str] = field(default_factory=dict)
+    """The user's own words about the run, for the manifest."""
 
 
 @dataclass(frozen=True, slots=True)

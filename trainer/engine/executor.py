@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plait.errors import CheckpointError, ModelError, UnknownNameError
+from plait.errors import CheckpointError, DataError, ModelError, UnknownNameError
 from plait.modalities import Limits
 from plait.stream import Document, Item, ItemInputs, pack
 from plait.trainer import checkpoint
@@ -76,7 +76,10 @@ class Executor:
 
     def _load_item(self, item: Item) -> ItemInputs:
         encoder = self.model.media_encoder(item.plan.encoder).encoder
-        return ItemInputs(inputs=encoder.process(item.part.decode(self.limits)))
+        try:
+            return ItemInputs(inputs=encoder.process(item.part.decode(self.limits)))
+        except DataError as error:
+            raise error.at(item.origin) from error
 
     @contextmanager
     def _unchanged_on_failure(self) -> Iterator[None]:
@@ -156,7 +159,7 @@ class Executor:
 
     def save_state(self, command: SaveState) -> None:
         if command.weights_only:
-            checkpoint.save(command.folder, self.built)
+            checkpoint.save(command.folder, self.built, metadata=command.metadata)
             return
         if self.pending_weight or any(p.grad is not None for _, _, p in self.model.trainable()):
             raise CheckpointError(
@@ -164,7 +167,7 @@ class Executor:
                 "before it"
             )
         state = checkpoint.capture(self.optimizer, self.steps)
-        checkpoint.save(command.folder, self.built, state)
+        checkpoint.save(command.folder, self.built, state, metadata=command.metadata)
 
     def load_state(self, command: LoadState) -> None:
         def accept(state: checkpoint.State | None) -> None:
