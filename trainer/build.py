@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from plait.encoders import projectors, registry, weights
@@ -96,7 +97,7 @@ def load_language(folder: Path, dtype: str) -> Any:
                 trust_remote_code=False,
                 use_safetensors=True,
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"{folder} holds no language model that loads from safetensors: "
             f"{str(error).splitlines()[0]}"

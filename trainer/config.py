@@ -163,6 +163,9 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
+    def __post_init__(self) -> None:
+        check_number("threads", self.threads, "[0, inf)", whole=True)
+
     @property
     def folder(self) -> Path:
         return Path(self.run_dir or f"runs/{self.name}")

@@ -110,7 +110,8 @@ class ServiceClient:
         if (model_path is None) == (base_model is None):
             raise ConfigError("give either model_path or base_model")
         if model_path is None:
-            spec = ModelSpec(language=str(base_model), train=("language",))
+            # A model needs a part that may train; without an adapter it is the model as it was.
+            spec = ModelSpec(language=str(base_model), train=("language",), lora=None)
             return SamplingClient(Engine(build(spec, 0)), None)
         folder = weights_folder(str(model_path), self.folder)
         built = build(spec_from(checkpoint.verify(folder)["spec"]), 0)

@@ -69,6 +69,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(path: str, near: str) -> Non
     ("model.encoders.image", {"name": "x", "grid": [2]}, "grid"),
     ("data.broken.on_error", "ignore", "on_error"),
     ("data.limits.max_image_pixels", 0, "max_image_pixels must be at least 1"),
+    ("threads", -1, "threads must be a whole number of at least 0; it is -1"),
     ("train.steps", 0, r"train\.steps must be at least 1; it is 0"),
     ("train.capacity", 1, r"train\.capacity must be at least 2"),
     ("train.accumulate", 0, r"train\.accumulate must be at least 1"),
