@@ -6,6 +6,7 @@ imported before it is asked for.
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -14,6 +15,8 @@ from plait.encoders.base import Encoder
 from plait.errors import ConfigError, UnknownNameError
 
 GROUP = "plait.encoders"
+
+_NAME = re.compile(r"[\w-]+")
 
 BUILT_IN = {
     "efficientnet_lite": "plait.encoders.efficientnet_lite.encoder:EfficientNetLite",
@@ -26,12 +29,15 @@ def names() -> list[str]:
     return sorted(BUILT_IN.keys() | _installed().keys())
 
 
-def create(name: str, **options: Any) -> Encoder:
+def create(name: str, /, **options: Any) -> Encoder:
     """The encoder registered as `name`, made with its options and frozen, in eval mode.
 
     Raises:
         UnknownNameError: nobody registered the name, or it takes no such option.
         ConfigError: two packages claim the name, or it cannot be made.
+
+    The name is positional only, because an encoder has an option of that name: what it is called
+    in a model that holds several.
     """
     make = _load(name)
     parameters = inspect.signature(make).parameters
@@ -53,6 +59,11 @@ def create(name: str, **options: Any) -> Encoder:
         raise ConfigError(
             f"encoder {name!r} must be a plait.encoders.base.Encoder; its package returned "
             f"{type(encoder).__name__}"
+        )
+    if not isinstance(encoder.name, str) or not _NAME.fullmatch(encoder.name):
+        raise ConfigError(
+            "what an encoder is called must be letters, digits, _ and -; the option 'name' of "
+            f"{name!r} is {encoder.name!r}"
         )
     return encoder.set_trainable(False)
 

@@ -5,6 +5,7 @@ become one line and an exit code: 2 for bad input, 1 for a failure, 130 when the
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _quiet_libraries()
         run: Callable[[argparse.Namespace], None] = parsed.run
         run(parsed)
+        sys.stdout.flush()  # or a reader that has gone would be noticed after the exit code
     except PlaitError as error:
         prefix = "" if isinstance(error, Interrupted) else "error: "
         print(f"{prefix}{_one_line(error)}", file=sys.stderr)
@@ -46,8 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return Interrupted.exit_code
-    except BrokenPipeError:
-        sys.stderr.close()
+    except BrokenPipeError:  # what was asked for did not reach its reader: `plait ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 1
@@ -60,7 +63,6 @@ def _one_line(error: BaseException) -> str:
 
 def _quiet_libraries() -> None:
     """What libraries print about themselves is not the user's concern."""
-    import os
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

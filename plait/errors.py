@@ -73,13 +73,13 @@ class UnknownNameError(ConfigError, LookupError):
 
     Args:
         kind: What the name should have named ("encoder", "key in train").
-        name: The name given.
+        name: What was given, which need not be a text.
         known: The names that would have been accepted; the nearest one is offered.
     """
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
         self.kind, self.name, self.known = kind, name, tuple(sorted(known))
-        near = get_close_matches(name, self.known, n=1, cutoff=0.5)
+        near = get_close_matches(str(name), self.known, n=1, cutoff=0.5)
         offer = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self.known)}"
         super().__init__(f"unknown {kind} {name!r}; {offer}")
 

@@ -3,15 +3,17 @@
 Plain data: no torch is loaded until a tensor is asked for.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from plait.errors import ConfigError, DataError, UnknownNameError
+from plait.errors import ConfigError, DataError, Origin, UnknownNameError
 from plait.modalities import Image
+from plait.ranges import ADAMW, SAMPLING, check_number, check_numbers
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +22,10 @@ Dtype = Literal["float32", "int64"]
 
 LOSS_INPUTS: dict[str, Dtype] = {"target_tokens": "int64", "weights": "float32"}
 """Inputs that the losses read, with their types."""
+
+
+FORMATS = {"png": ("PNG",), "jpeg": ("JPEG", "MPO")}
+"""The formats of pictures that may be named, and what Pillow calls their bytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,12 +81,18 @@ class ImageChunk:
     """A picture: encoded bytes as in the Tinker API, or any `plait.Image`.
 
     `expected_tokens` is advisory there and checked here where it is given; `length` needs it.
-    `TrainingClient.datum` fills it in.
+    `TrainingClient.datum` fills it in. `format`, where it is given, must be that of the bytes.
+    `origin` is where the picture came from, for error messages.
     """
 
     data: bytes | Image
     format: Literal["png", "jpeg"] | None = None
     expected_tokens: int | None = None
+    origin: Origin = field(default=Origin(), compare=False)
+
+    def __post_init__(self) -> None:
+        if self.format not in (None, *FORMATS):
+            raise UnknownNameError("picture format", self.format, FORMATS)
 
     @property
     def image(self) -> Image:
@@ -182,15 +194,67 @@ class AdamParams:
     grad_clip_norm: float = 0.0
     part_learning_rates: Mapping[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_numbers(self, ADAMW)
+        for part, rate in self.part_learning_rates.items():
+            check_number(f"part_learning_rates[{part!r}]", rate, ADAMW["learning_rate"])
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to sample. `stop` takes token ids; None keeps the end token, () stops at nothing."""
+    """How to sample, with the Tinker API's names and defaults."""
 
-    max_tokens: int = 64
-    seed: int = 0
+    max_tokens: int | None = None
+    """Tokens at most; None is what the model's context has room for, and never over 1024."""
+
+    seed: int | None = None
+    """The same seed repeats a draw; None takes a fresh one for each call."""
+
+    stop: str | Sequence[str] | Sequence[int] | None = None
+    """What ends a sequence besides `max_tokens`.
+
+    None is the tokenizer's end token. Token ids take its place; () stops at nothing. Texts come
+    beside it: the text of the generated tokens is searched as it grows, across their borders. The
+    token that completes a text, or a stop token itself, is the sequence's last one, so that every
+    token returned has its logprob: cut the text off after decoding.
+    """
+
     temperature: float = 1.0
-    stop: Sequence[int] | None = None
+    """0 takes the most probable token; otherwise logits are divided by it before drawing."""
+
+    top_k: int = -1
+    """Draw from this many of the most probable tokens; -1 is no limit."""
+
+    top_p: float = 1.0
+    """Draw from the fewest tokens that hold this share of the probability; 1 is no limit."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None:
+            check_number("max_tokens", self.max_tokens, "[1, inf)", whole=True)
+        if self.seed is not None:
+            check_number("seed", self.seed, "[0, inf)", whole=True)
+        if self.top_k != -1:
+            check_number("top_k, where it is not -1,", self.top_k, "[1, inf)", whole=True)
+        check_numbers(self, SAMPLING)
+        object.__setattr__(self, "stop", _stop(self.stop))
+
+
+def _stop(stop: Any) -> tuple[str, ...] | tuple[int, ...] | None:
+    if stop is None:
+        return None
+    listed = isinstance(stop, Iterable) and not isinstance(stop, str | bytes)
+    entries = tuple(stop) if listed else (stop,)
+    if all(isinstance(entry, str) and entry for entry in entries):
+        return entries
+    if listed and all(_is_token(entry) for entry in entries):
+        return tuple(int(entry) for entry in entries)
+    raise ConfigError(
+        f"stop must be a text, texts or token ids, none of them empty or below 0; it is {stop!r}"
+    )
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
 @dataclass(frozen=True)
@@ -248,3 +312,6 @@ class ModelInfo:
     lora_rank: int | None
     trainable: dict[str, int]
     """Trainable parameters of each part."""
+
+    user_metadata: dict[str, str] = field(default_factory=dict)
+    """What the user said of the run when it was created."""

@@ -59,6 +59,7 @@ PLAIN = [
 ERRORS = [
     plait.PlaitError("a rule"),
     UnknownNameError("encoder", "vitt", ["vit", "clip"]),
+    UnknownNameError("dtype", 16, ["float16", "float32"]),
     DataError("a rule", Origin("rows", 3, "a.png")),
     MediaError("a rule", Origin(file="a.png")),
     FailureBudgetError("a rule"),
@@ -121,6 +122,12 @@ def test_numbers_and_datums_pickle() -> None:
     again = pickle.loads(pickle.dumps(datum))
     assert again.model_input == datum.model_input
     assert again.loss_fn_inputs["weights"].tolist() == [0.5]
+
+
+def test_an_unknown_name_need_not_be_a_text() -> None:
+    assert str(UnknownNameError("dtype", 16, ["a"])) == "unknown dtype 16; known: a"
+    nearest = UnknownNameError("dtype", np.dtype("float16"), ["float16", "int8"])
+    assert str(nearest).endswith("did you mean 'float16'?")
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)

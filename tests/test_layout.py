@@ -16,17 +16,29 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("configs", "datasets", "encoders", "kernels", "modalities", "trainer")
 ROOMS = tuple(room for room in LINKED if room != "configs")
+PACKAGES = ("client", "stream")
+"""Folders of plait/ that are no links."""
 
 MAY_IMPORT = {
     "errors": set[str](),
+    "ranges": {"errors"},
     "kernels": set[str](),
     "modalities": {"errors"},
     "stream": {"errors", "modalities"},
-    "types": {"errors", "modalities"},
+    "types": {"errors", "ranges", "modalities"},
     "datasets": {"errors", "modalities", "stream"},
     "encoders": {"errors", "modalities", "stream", "datasets"},
-    "trainer": {"errors", "kernels", "modalities", "stream", "datasets", "encoders"},
-    "client": {"errors", "modalities", "stream", "types", "datasets", "encoders", "trainer"},
+    "trainer": {"errors", "ranges", "kernels", "modalities", "stream", "datasets", "encoders"},
+    "client": {
+        "errors",
+        "ranges",
+        "modalities",
+        "stream",
+        "types",
+        "datasets",
+        "encoders",
+        "trainer",
+    },
     "cli": {"errors", "modalities", "stream", "types", "datasets", "encoders", "trainer", "client"},
 }
 """What each room, or module of plait/, may import besides itself.
@@ -41,12 +53,15 @@ def modules() -> list[tuple[str, Path]]:
     """(room or module of plait/, file) of every Python file that is shipped."""
     found = [(room, file) for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))]
     own = [(file.stem, file) for file in sorted((ROOT / "plait").glob("*.py"))]
-    own += [("stream", file) for file in sorted((ROOT / "plait/stream").glob("*.py"))]
+    own += [
+        (name, file) for name in PACKAGES for file in sorted((ROOT / "plait" / name).glob("*.py"))
+    ]
     return found + [(name, file) for name, file in own if name != "__init__"]
 
 
 def every_file() -> list[Path]:
-    folders = [*ROOMS, "benchmarks", "examples", "docs", "tests"]
+    own = [f"plait/{name}" for name in PACKAGES]
+    folders = [*ROOMS, *own, "benchmarks", "examples", "docs", "tests"]
     files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
     return files + sorted((ROOT / "plait").glob("*.py"))
 
@@ -75,8 +90,10 @@ def test_rooms_are_relative_links_to_the_root_folders() -> None:
         assert link.is_symlink(), f"plait/{room} must be a link"
         assert str(link.readlink()) == f"../{room}"
         assert link.resolve() == ROOT / room
+    folders = [path for path in (ROOT / "plait").iterdir() if (path / "__init__.py").is_file()]
     links = {path.name for path in (ROOT / "plait").iterdir() if path.is_symlink()}
     assert links == set(LINKED)
+    assert {path.name for path in folders} == {*ROOMS, *PACKAGES}
     for room in ROOMS:
         assert (ROOT / room / "__init__.py").is_file()
     for folder in (ROOT, ROOT / "tests"):
@@ -96,7 +113,7 @@ def test_imports_point_one_way() -> None:
 
 
 def test_the_table_of_imports_is_an_order() -> None:
-    order = ["errors", "kernels", "modalities", "types", "stream", "datasets", "encoders",
+    order = ["errors", "ranges", "kernels", "modalities", "types", "stream", "datasets", "encoders",
              "trainer", "client", "cli"]  # fmt: skip
     assert set(order) == MAY_IMPORT.keys() == {room for room, _ in modules()}
     for room, allowed in MAY_IMPORT.items():

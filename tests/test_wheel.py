@@ -28,7 +28,7 @@ plait.AdamParams(learning_rate="fast")
 plait.Message("user", ["not a tuple of parts"])
 """
 REVEALED = [
-    "plait.client.ServiceClient",
+    "plait.client.service.ServiceClient",
     "dict[str, int]",
     "dict[str, float]",
 ]

@@ -51,11 +51,16 @@ def build(
     spec: ModelSpec,
     seed: int,
     limits: Limits = Limits(),  # noqa: B008  (frozen)
+    *,
+    trains: bool = True,
 ) -> Built:
     """Load every part of `spec`; adapters and projectors are drawn from `seed`.
 
     The language model is checked: what it computes here must be what transformers computes, and
     where packing would change its gradients, `PlaitModel.packs` is switched off.
+
+    Args:
+        trains: False freezes every part: for sampling alone.
 
     Raises:
         ConfigError, FetchError: a name that leads to nothing usable.
@@ -83,6 +88,8 @@ def build(
             f"model.train names {', '.join(spec.train)}, but this model has no such part; nothing "
             "would train"
         )
+    if not trains:
+        model.requires_grad_(False)
     hashes = {"language": file_hash(folder), "template": text_hash(tokenizer.chat_template or "")}
     for encoder in media.values():
         hashes[f"encoder:{encoder.name}"] = encoder.fingerprint()

@@ -16,7 +16,7 @@ No file is a pickle and none is executed.
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -51,11 +51,17 @@ class State:
     """The loader's state and whatever the caller keeps; plain JSON."""
 
 
-def save(folder: Path, built: Built, state: State | None = None) -> None:
+def save(
+    folder: Path,
+    built: Built,
+    state: State | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write a checkpoint at `folder`, whole or not at all.
 
     Args:
         state: With it the checkpoint can be resumed from; without, it holds weights only.
+        metadata: The user's own words about it, which the manifest keeps.
 
     Raises:
         CheckpointError: it cannot be written; an earlier one at `folder` is unchanged.
@@ -72,12 +78,22 @@ def save(folder: Path, built: Built, state: State | None = None) -> None:
             "step": state.step if state else None,
             "versions": {name: version(name) for name in LIBRARIES},
             "files": files,
+            "user_metadata": dict(metadata or {}),
         }
         write_json(aside / "manifest.json", {**manifest, "sha256": _own_hash(manifest)})
 
 
-def load(folder: Path, built: Built, *, with_state: bool = True) -> State | None:
+def load(
+    folder: Path,
+    built: Built,
+    *,
+    with_state: bool = True,
+    accept: Callable[[State | None], None] = lambda _: None,
+) -> State | None:
     """Copy a checkpoint's weights into `built` and return its state.
+
+    Args:
+        accept: Is given the state before anything is copied; what it raises refuses the checkpoint.
 
     Raises:
         DamagedCheckpointError: a file is missing or damaged.
@@ -100,6 +116,7 @@ def load(folder: Path, built: Built, *, with_state: bool = True) -> State | None
     pairs = [(target, tensors[name], what) for name, (target, what) in _weight_files(built).items()]
     for mine, saved, what in pairs:
         check_exactly(mine, saved, what)
+    accept(state)
     for mine, saved, _ in pairs:
         copy(mine, saved)
     return state
@@ -147,6 +164,28 @@ def delete(folder: Path) -> None:
 def capture(optimizer: torch.optim.Optimizer, step: int, random: Tensor, **extra: Any) -> State:
     """The present state of a run at the end of a step; `random` is what dropout draws from."""
     return State(step, optimizer.state_dict(), random, extra)
+
+
+def check_state(folder: Path, state: State | None, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a state that cannot be put into `optimizer`.
+
+    Raises:
+        CheckpointError: there is none, or it is of an optimiser of other parts.
+    """
+    if state is None:
+        raise CheckpointError(f"checkpoint {folder} holds weights only; use load_state")
+    saved, mine = (
+        [(group["part"], group["decays"], len(group["params"])) for group in groups]
+        for groups in (state.optimizer["param_groups"], optimizer.param_groups)
+    )
+    if saved != mine:
+        trained, training = (
+            ", ".join(sorted({part for part, _, _ in groups})) for groups in (saved, mine)
+        )
+        raise CheckpointError(
+            f"an optimiser's state must be of the parts that train; checkpoint {folder} has it for "
+            f"{trained}, and here train {training}: use load_state, or train the same parts"
+        )
 
 
 def _write_weights(folder: Path, built: Built) -> None:

@@ -19,7 +19,8 @@ from plait.datasets.splits import SplitOptions
 from plait.datasets.views import Views
 from plait.errors import ConfigError, UnknownNameError
 from plait.modalities import Limits
-from plait.trainer.spec import ModelSpec
+from plait.ranges import ADAMW, check_number
+from plait.trainer.spec import ModelSpec, check_part_rates
 
 FETCHED = "fetched:"
 """`data.path: fetched:stamps` is what `plait fetch stamps` brought."""
@@ -128,6 +129,10 @@ class TrainConfig:
                 raise ConfigError(
                     f"train.{name} must be at least {low}; it is {getattr(self, name)}"
                 )
+        for name in ("learning_rate", "weight_decay", "grad_clip_norm"):
+            check_number(f"train.{name}", getattr(self, name), ADAMW[name])
+        check_number("train.final_share", self.final_share, "[0, 1]")
+        check_part_rates("train.part_learning_rates", self.part_learning_rates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +165,8 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ConfigError(f"seed must be 0 or more; it is {self.seed}")
+        check_number("threads", self.threads, "[0, inf)", whole=True)
+        check_number("seed", self.seed, "[0, inf)", whole=True)
 
     @property
     def folder(self) -> Path:

@@ -101,6 +101,7 @@ def _checkpoint(folder: Path, console: Console) -> None:
         "trained parts": ", ".join(spec.get("train", [])),
         "files": ", ".join(manifest.get("files", {})),
     }
+    rows |= {f"metadata {key}": value for key, value in manifest.get("user_metadata", {}).items()}
     _facts(str(folder), rows, console)
 
 

@@ -23,10 +23,19 @@ def linear_names(model: nn.Module, output: nn.Module | None) -> list[str]:
 
 
 def add_lora(model: nn.Module, output: nn.Module | None, spec: LoraSpec, seed: int) -> Any:
-    """Put an adapter on `model` in place, drawn from `seed`; returns its peft configuration."""
+    """Put an adapter on `model` in place, drawn from `seed`; returns its peft configuration.
+
+    Raises:
+        ConfigError: the model has no such layers.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     known = linear_names(model, output)
+    if not known:
+        raise ConfigError(
+            f"an adapter needs linear layers and {type(model).__name__} has none but its output "
+            "layer: train the whole language model (lora: null), or choose another"
+        )
     targets = known if spec.targets == ("all-linear",) else list(spec.targets)
     unknown = [name for name in targets if name not in known]
     if unknown:

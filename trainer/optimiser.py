@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from plait.errors import ModelError
+from plait.ranges import ADAMW, check_numbers
 from plait.trainer.model import PlaitModel
+from plait.trainer.spec import check_part_rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,10 @@ class StepSettings:
 
     part_learning_rates: Mapping[str, float] = field(default_factory=dict)
     """Learning rates of parts by name: "language", "projector", "vision"."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, ADAMW)
+        check_part_rates("part_learning_rates", self.part_learning_rates)
 
 
 def make_optimizer(model: PlaitModel) -> torch.optim.AdamW:

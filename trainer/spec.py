@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from plait.errors import ConfigError, UnknownNameError
+from plait.ranges import ADAMW, check_number
 
 PARTS = ("language", "projector", "vision")
 """The parts whose training can be switched on by name."""
@@ -85,3 +86,19 @@ class ModelSpec:
             raise UnknownNameError("model.dtype", self.dtype, DTYPES)
         if not self.train:
             raise ConfigError("model.train names no part, so nothing would train; add a part")
+
+
+def check_part_rates(name: str, rates: Mapping[str, float]) -> None:
+    """Refuse a learning rate of a part that does not exist, which would change nothing.
+
+    Args:
+        name: What the rates are called where they were set.
+
+    Raises:
+        UnknownNameError: a part is none of `PARTS`.
+        ConfigError: a rate is no finite number of at least 0.
+    """
+    for part, rate in rates.items():
+        if part not in PARTS:
+            raise UnknownNameError(f"part in {name}", part, PARTS)
+        check_number(f"{name}.{part}", rate, ADAMW["learning_rate"])

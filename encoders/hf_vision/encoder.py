@@ -46,7 +46,7 @@ class HfVision(Encoder):
         name: str = "hf_vision",
     ) -> None:
         super().__init__(name)
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise UnknownNameError("dtype", dtype, DTYPES)
         tower = load_tower(weights_folder(weights), layer, DTYPES[dtype])
         check_plannable(tower.processor)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.utils import logging as transformers_logging
@@ -98,10 +99,10 @@ def _trim(model: nn.Module, config: Any, family: Family, layer: int) -> None:
 
     It would take memory and time, and, in a trained tower, stay without gradients.
     """
-    if not -config.num_hidden_layers <= layer <= -1:
+    if not isinstance(layer, int) or not -config.num_hidden_layers <= layer <= -1:
         raise ConfigError(
-            f"layer counts from the end: -1 to -{config.num_hidden_layers} for this tower; "
-            f"got {layer}"
+            "layer is a whole number that counts from the end: -1 to "
+            f"-{config.num_hidden_layers} for this tower; got {layer!r}"
         )
     for name in family.unused:
         _remove(model, name)
@@ -135,7 +136,7 @@ def _readable_errors(folder: Path) -> Iterator[None]:
         yield
     except UnknownNameError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(
             "encoder 'hf_vision' needs a checkpoint with config.json, preprocessor_config.json "
             f"and safetensors weights; {str(folder)!r} is not one: {str(error).splitlines()[0]}"

@@ -38,10 +38,14 @@ def from_hub(name: str, progress: Progress) -> Path:
 
 def _local(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=_SAFE_FILES, local_files_only=True))
+    except HFValidationError as error:
+        raise ConfigError(
+            f"a hub id must be one that the hub allows; {name!r} is not: {_first_line(error)}"
+        ) from error
     except LocalEntryNotFoundError as error:
         raise ConfigError(
             f"HF_HUB_OFFLINE is set and the model {name!r} is not on this machine; unset it, or "

@@ -1,5 +1,6 @@
 """Tiny random checkpoints of every family: equal to transformers, batched, planned from headers."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +157,13 @@ def test_dtype_and_layers_are_checked(checkpoints: Any, make_picture: Any) -> No
     assert HfVision(folder, layer=-2).fingerprint() != HfVision(folder).fingerprint()
     with pytest.raises(UnknownNameError, match="did you mean 'bfloat16'"):
         HfVision(folder, dtype="bfloat")
-    for layer in (0, -4):
-        with pytest.raises(ConfigError, match="-1 to -3"):
-            HfVision(folder, layer=layer)
+    wrong: Any
+    for wrong in (torch.bfloat16, 16, ["float32"]):
+        with pytest.raises(UnknownNameError, match="unknown dtype"):
+            HfVision(folder, dtype=wrong)
+    for wrong in (0, -4, "-2", -1.5):
+        with pytest.raises(ConfigError, match=f"-1 to -3 for this tower; got {wrong!r}"):
+            HfVision(folder, layer=wrong)
 
 
 def test_pickles_and_missing_weights_are_refused(checkpoints: Any, tmp_path: Path) -> None:
@@ -173,6 +178,16 @@ def test_pickles_and_missing_weights_are_refused(checkpoints: Any, tmp_path: Pat
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ConfigError, match="lacks"):
         HfVision(tmp_path)
+
+
+def test_a_truncated_file_is_refused(checkpoints: Any, tmp_path: Path) -> None:
+    folder, _ = checkpoints["vit"]
+    shutil.copytree(folder, tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    for left in (0, 4, file.stat().st_size // 2):
+        file.write_bytes((folder / file.name).read_bytes()[:left])
+        with pytest.raises(ConfigError, match="'hf_vision' needs a checkpoint"):
+            HfVision(tmp_path / "cut")
 
 
 def test_a_folder_without_a_tower_is_refused(tmp_path: Path) -> None:

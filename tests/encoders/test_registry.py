@@ -84,6 +84,14 @@ def test_unknown_names_and_options_offer_the_nearest() -> None:
         registry.create("hf_vision")
 
 
+def test_an_encoder_may_be_called_otherwise(tiny_vision: Path) -> None:
+    made = registry.create("hf_vision", weights=tiny_vision, name="left-eye")
+    assert made.name == "left-eye"
+    for wrong in ("a.b", "", 5):
+        with pytest.raises(ConfigError, match=f"the option 'name' of 'hf_vision' is {wrong!r}"):
+            registry.create("hf_vision", weights=tiny_vision, name=wrong)
+
+
 def test_two_packages_of_one_name_are_refused(site: Path) -> None:
     install(site, "thief", "", "hf_vision = thief:Encoder")
     with pytest.raises(ConfigError, match=r"'hf_vision' is both .*thief:Encoder"):

@@ -57,6 +57,8 @@ def test_a_hub_id_that_is_not_here_is_refused_when_offline(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set and the model 'owner/no-such'"):
         resolve("owner/no-such")
+    with pytest.raises(ConfigError, match="a hub id must be one that the hub allows; 'a/b--c'"):
+        resolve("a/b--c")
 
 
 def test_a_conversion_that_fails_leaves_nothing_and_an_old_one_is_made_anew(

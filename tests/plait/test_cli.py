@@ -1,6 +1,9 @@
 """The command line on good and bad input: exit codes, one line, nothing half-written."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,6 +186,26 @@ def test_bad_recipes_name_the_thing_and_the_remedy(
     assert run(capsys, "train", tmp_path / "none.yaml")[0] == 2
     assert run(capsys, "report", tmp_path)[0] == 2
     assert run(capsys, "sample", tmp_path, "--image", tmp_path / "no.png")[0] == 2
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_leaves_is_a_failure(lines: int) -> None:
+    """As in `plait ... | head -1`: at the first line, or when the last of it is written."""
+    program = (
+        "import sys, plait.cli as cli\n"
+        f"cli._info = lambda words: [print('a line') for _ in range({lines})]\n"
+        "sys.exit(cli.main(['info']))\n"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", program],
+            stdout=writing, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_another_recipe_does_not_overwrite_a_run(

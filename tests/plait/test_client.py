@@ -1,8 +1,7 @@
 """The primitives through the in-process client, on a tiny model."""
 
 import asyncio
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +13,11 @@ from plait.client import ServiceClient, TrainingClient
 from plait.errors import CheckpointError, ConfigError, DataError, ModelError, UnknownNameError
 from plait.modalities import Image, Text
 from plait.stream import Message, Sample
-from plait.trainer.config import config_from
 from plait.trainer.engine.controller import EngineSettings
-from plait.trainer.spec import LoraSpec, ModelSpec
+from plait.trainer.spec import LoraSpec
 from plait.types import AdamParams, Datum, ImageChunk, ModelInput, SamplingParams
 
 Make = Callable[..., TrainingClient]
-
-
-@pytest.fixture
-def spec(tiny_values: dict[str, Any]) -> ModelSpec:
-    return replace(config_from(tiny_values).model, lora=LoraSpec(rank=4))
-
-
-@pytest.fixture
-def make(spec: ModelSpec, tmp_path: Path) -> Iterator[Make]:
-    clients: list[TrainingClient] = []
-
-    def create(**changes: Any) -> TrainingClient:
-        engine = changes.pop("engine", None)
-        service = ServiceClient(tmp_path / "states")
-        client = service.create_training_client(replace(spec, **changes), seed=3, engine=engine)
-        clients.append(client)
-        return client
-
-    yield create
-    for client in clients:
-        client.close()
-
-
-@pytest.fixture
-def samples(picture_folder: Path) -> list[Sample]:
-    """Text alone, a picture, text before a picture: of different lengths."""
-    disc = Image(picture_folder / "disc" / "00.png")
-    bar = Image(picture_folder / "bar" / "01.png")
-    return [
-        told((Text("the shape"),), "a red disc."),
-        told((disc,), "a disc."),
-        told((Text("which: "), bar), "a green bar, small."),
-    ]
 
 
 def told(question: tuple[Any, ...], answer: str) -> Sample:
@@ -262,8 +227,44 @@ def test_snapshots_are_immutable(make: Make, samples: list[Sample]) -> None:
     client.optim_step(params).result()
     assert_equal(weights(client), weights(alone))
     assert old.sample(prompt, 2, sampling).result() == first
-    with pytest.raises(ConfigError, match="num_samples must be at least 1"):
+    with pytest.raises(ConfigError, match="num_samples must be a whole number of at least 1"):
         old.sample(prompt, 0, sampling)
+
+
+def test_a_call_without_a_seed_draws_anew(make: Make) -> None:
+    client = make()
+    sampler = client.save_weights_and_get_sampling_client()
+    prompt = client.prompt("which")
+
+    def tokens(**options: Any) -> list[int]:
+        params = SamplingParams(max_tokens=12, stop=(), temperature=2.0, **options)
+        return sampler.sample(prompt, 1, params).result().sequences[0].tokens
+
+    assert tokens() != tokens()
+    assert tokens(seed=4) == tokens(seed=4)
+    assert tokens(top_k=1) == tokens(top_p=1e-6)
+
+
+def test_a_stop_text_ends_a_sequence_and_stays_in_it(make: Make) -> None:
+    client = make()
+    sampler = client.save_weights_and_get_sampling_client()
+    prompt, decode = client.prompt("which"), client.get_tokenizer().decode
+    free = SamplingParams(max_tokens=30, stop=(), temperature=0.0)
+    whole = decode(sampler.sample(prompt, 1, free).result().sequences[0].tokens)
+    for stop in (whole[3:5], ["not there", whole[3:5]]):
+        params = SamplingParams(max_tokens=30, stop=stop, temperature=0.0)
+        (row,) = sampler.sample(prompt, 1, params).result().sequences
+        assert row.stop_reason == "stop"
+        assert whole[3:5] in decode(row.tokens) and whole.startswith(decode(row.tokens))
+        assert whole[3:5] not in decode(row.tokens[:-1])
+    with pytest.raises(ConfigError, match="a stop token must be a whole number in"):
+        sampler.sample(prompt, 1, SamplingParams(stop=[10_000]))
+
+
+def test_a_rate_of_an_unknown_part_is_refused_at_once(make: Make) -> None:
+    client = make()
+    with pytest.raises(UnknownNameError, match="did you mean 'projector'"):
+        client.optim_step(AdamParams(part_learning_rates={"projecter": 2e-3}))
 
 
 def test_saved_state_goes_on_bit_equal(make: Make, samples: list[Sample]) -> None:
@@ -293,15 +294,43 @@ def test_saved_state_goes_on_bit_equal(make: Make, samples: list[Sample]) -> Non
     client.forward_backward(data).result()
     with pytest.raises(CheckpointError, match="gradients are pending"):
         client.save_state("three").result()
-    light = client.save_weights_for_sampler("light").result().path
-    with pytest.raises(CheckpointError, match="holds weights only"):
-        client.load_state_with_optimizer(light).result()
     with pytest.raises(ConfigError, match="neither a checkpoint nor a run"):
         client.load_state(f"tinker://{client.run_id}/weights/none")
     with pytest.raises(ConfigError, match="no leading dot"):
         client.save_state("../up")
     with pytest.raises(ConfigError, match="a path has the form"):
         client.load_state("tinker://../weights/x")
+
+
+def test_a_refused_state_changes_nothing(make: Make, samples: list[Sample]) -> None:
+    """Neither weights nor moments nor what pends."""
+    client, partly = make(), make(train=("language",))
+    data = [client.datum(sample) for sample in samples]
+
+    def step(one: TrainingClient) -> None:
+        one.forward_backward(data)
+        one.optim_step(AdamParams(learning_rate=0.05)).result()
+
+    light = client.save_weights_for_sampler("light").result().path
+    step(partly)
+    other = partly.save_state("other").result().path
+    step(client)
+    client.forward_backward(data).result()
+
+    def held() -> dict[str, torch.Tensor]:
+        moments = client._engine._executor.optimizer.state_dict()["state"]
+        named = {f"{n}.{key}": v.clone() for n, row in moments.items() for key, v in row.items()}
+        assert named
+        pending = {f"gradient of {name}": g for name, g in gradients(client).items()}
+        return named | weights(client) | pending
+
+    before = held()
+    for path, told_so in {light: "holds weights only", other: "has it for language, and"}.items():
+        with pytest.raises(CheckpointError, match=told_so):
+            client.load_state_with_optimizer(path).result()
+        assert_equal(held(), before)
+    assert client._engine._executor.steps == 1
+    client.load_state(other).result()
 
 
 def test_saved_weights_sample_in_a_client_of_their_own(

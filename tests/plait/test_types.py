@@ -1,5 +1,8 @@
 """What travels between a loop and the engine: the Tinker API's names, defaults and refusals."""
 
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from plait.types import (
     EncodedTextChunk,
     ImageChunk,
     ModelInput,
+    SamplingParams,
     TensorData,
 )
 
@@ -22,6 +26,52 @@ def test_adam_defaults_are_tinkers() -> None:
     assert (params.beta1, params.beta2, params.eps) == (0.9, 0.95, 1e-12)
     assert params.weight_decay == 0.0
     assert params.grad_clip_norm == 0.0
+
+
+@pytest.mark.parametrize(("name", "wrong"), [
+    ("learning_rate", [math.nan, -1e-4, math.inf, "fast", None]),
+    ("beta1", [1.0, -0.1, math.nan]),
+    ("beta2", [1.0, -0.1, math.nan]),
+    ("eps", [0.0, -1e-8, math.nan]),
+    ("weight_decay", [-0.1, math.nan]),
+    ("grad_clip_norm", [-1.0, math.nan]),
+])  # fmt: skip
+def test_adam_settings_have_ranges(name: str, wrong: list[Any]) -> None:
+    for value in wrong:
+        with pytest.raises(ConfigError, match=f"{name} must be a number"):
+            AdamParams(**{name: value})
+    with pytest.raises(ConfigError, match=r"part_learning_rates.*must be a number of at least 0"):
+        AdamParams(part_learning_rates={"projector": math.nan})
+
+
+def test_sampling_defaults_are_tinkers() -> None:
+    params = SamplingParams()
+    assert (params.max_tokens, params.seed, params.stop) == (None, None, None)
+    assert (params.temperature, params.top_k, params.top_p) == (1, -1, 1)
+
+
+def test_stops_are_texts_or_token_ids() -> None:
+    assert SamplingParams(stop="\n").stop == ("\n",)
+    assert SamplingParams(stop=["\n", "User:"]).stop == ("\n", "User:")
+    assert SamplingParams(stop=[2, 5]).stop == (2, 5)
+    assert SamplingParams(stop=np.array([2, 5])).stop == (2, 5)
+    assert SamplingParams(stop=[]).stop == SamplingParams(stop=()).stop == ()
+    for wrong in ("", [""], [2, "x"], [-1], [1.5], [True], b"ab", 7, [None]):
+        with pytest.raises(ConfigError, match="stop must be a text, texts or token ids"):
+            SamplingParams(stop=wrong)  # type: ignore[arg-type]  # that is refused
+
+
+@pytest.mark.parametrize(("name", "wrong"), [
+    ("max_tokens", [0, -1, 1.5, "10", True]),
+    ("seed", [-1, 0.5, "x"]),
+    ("temperature", [-1, math.nan, math.inf, None]),
+    ("top_k", [0, -2, 1.5]),
+    ("top_p", [0, 1.1, math.nan]),
+])  # fmt: skip
+def test_sampling_settings_have_ranges(name: str, wrong: list[Any]) -> None:
+    for value in wrong:
+        with pytest.raises(ConfigError, match=rf"{name}.* must be a (whole )?number"):
+            SamplingParams(**{name: value})
 
 
 def test_tensor_data_keeps_type_and_shape() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from plait.errors import DataError, ModelError, UnknownNameError
+from plait.errors import ConfigError, DataError, ModelError, UnknownNameError
 from plait.modalities import Text
 from plait.stream import Document, Message, Sample, render
 from plait.trainer.build import Built, build
@@ -92,6 +92,7 @@ def test_commands_and_results_are_plain_data(engine: Engine, tmp_path: Path) -> 
         commands.LoadState(tmp_path / "one", with_optimizer=True),
         commands.TakeSnapshot(),
         commands.Sample(prompt, SamplerSettings(max_tokens=2), 2, 0),
+        commands.DropSnapshot(0),
     ]:
         copy: Any = pickle.loads(pickle.dumps(command))
         result = engine.submit(copy).result()
@@ -188,6 +189,16 @@ def test_steps_are_adamw_on_divided_clipped_gradients(clip: float) -> None:
             value.sub_(rate * first / (1 - 0.9**step) / corrected)
         torch.testing.assert_close(toy.matrix.detach(), mine[0][0], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(toy.bias.detach(), mine[1][0], rtol=1e-10, atol=1e-12)
+
+
+def test_a_rate_of_a_part_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match=r"'projecter'; did you mean 'projector'"):
+        StepSettings(part_learning_rates={"projecter": 2e-3})
+    with pytest.raises(ConfigError, match=r"part_learning_rates\.vision must be a number"):
+        StepSettings(part_learning_rates={"vision": -1.0})
+    for name, value in {"learning_rate": float("nan"), "beta2": 1.0, "eps": 0.0}.items():
+        with pytest.raises(ConfigError, match=f"{name} must be a number"):
+            StepSettings(**{name: value})
 
 
 def test_rates_rise_linearly_and_fall_along_a_cosine() -> None:

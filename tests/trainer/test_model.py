@@ -184,6 +184,15 @@ class Bomb:
         return Path.write_text, (self.marker, "ran")
 
 
+def test_a_truncated_language_model_is_refused(lab: Any, tmp_path: Path) -> None:
+    shutil.copytree(lab.language, tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    for left in (0, 4, file.stat().st_size // 2):
+        file.write_bytes((lab.language / file.name).read_bytes()[:left])
+        with pytest.raises(ConfigError, match="holds no language model that loads"):
+            load_language(tmp_path / "cut", "float32")
+
+
 def test_no_pickle_is_ever_read(lab: Any, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     for source in (lab.language, lab.vision):

@@ -11,6 +11,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 from plait.errors import ConfigError
 from plait.stream import Document, pack
 from plait.trainer.build import Built
+from plait.trainer.sampling import sampler
 from plait.trainer.sampling.sampler import Generated, SamplerSettings, generate
 
 STEPS = 6
@@ -152,6 +153,83 @@ def test_stop_tokens(lab: Any) -> None:
     assert last.stopped and last.tokens == first[:cut]
 
 
+def test_stop_texts(lab: Any) -> None:
+    """They are found across the borders of tokens, and their last token is the row's last."""
+    built = spread(lab.build())
+    built.tokenizer.eos_token_id = None
+    options = {"temperature": 3.0, "seed": 2, "max_tokens": 12}
+    whole = sample(lab, built, [0], **options)[0][0]
+
+    def text(count: int) -> str:
+        written: str = built.tokenizer.decode(whole.tokens[:count])
+        return written
+
+    assert len(text(12)) > 12, "tokens of several characters are needed"
+    for length in (1, 3):
+        starts = range(len(text(12)) - length + 1)
+        for stop in {text(12)[start : start + length] for start in starts}:
+            end = next(count for count in range(1, 13) if stop in text(count))
+            row = sample(lab, built, [0], stop=("?!", stop), **options)[0][0]
+            assert row.tokens == whole.tokens[:end] and row.stopped
+            assert row.logprobs == whole.logprobs[:end]
+    row = sample(lab, built, [0], stop=("absent",), **options)[0][0]
+    assert row.tokens == whole.tokens and not row.stopped
+
+
+def test_stop_texts_come_beside_the_end_token(lab: Any) -> None:
+    built = spread(lab.build())
+    free = sample(lab, built, [0], temperature=0)[0][0]
+    built.tokenizer.eos_token_id = free.tokens[2]
+    row = sample(lab, built, [0], temperature=0, stop=("absent",))[0][0]
+    assert row.stopped and row.tokens[-1] == free.tokens[2]
+
+
+def test_tokens_without_a_bound_fill_the_context(lab: Any, monkeypatch: Any) -> None:
+    built = lab.build()
+    prompts, _ = lab.documents(built, lab.samples[:2], for_generation=True)
+    longest = max(prompt.length for prompt in prompts)
+    built.model.language.config.max_position_embeddings = longest + 9
+    rows = sample(lab, built, [0, 1], max_tokens=None)
+    assert {len(row[0].tokens) for row in rows} == {9}
+    monkeypatch.setattr(sampler, "MOST_TOKENS", 4)
+    rows = sample(lab, built, [0, 1], max_tokens=None)
+    assert {len(row[0].tokens) for row in rows} == {4}
+
+
+def test_top_k_and_top_p_keep_the_likeliest_and_their_raw_logprobs(lab: Any) -> None:
+    built = spread(lab.build())
+    prompts, inputs = lab.documents(built, lab.samples[2:3], for_generation=True)
+    with torch.no_grad():
+        hidden, _ = built.model.hidden(pack(prompts, inputs))
+        logits = built.model.logits(hidden[-1:])[0]
+    raw = logits.log_softmax(-1)
+    logits = logits[: len(built.tokenizer)]
+    ranked = logits.argsort(descending=True).tolist()
+    tempered = (logits / 2).softmax(-1)[ranked].cumsum(-1)
+    options = {"samples": 200, "max_tokens": 1, "temperature": 2.0}
+
+    def drawn(**more: Any) -> set[int]:
+        rows = sample(lab, built, [2], **options, **more)[0]
+        for row in rows:
+            assert row.logprobs[0] == pytest.approx(float(raw[row.tokens[0]]), abs=1e-5)
+        return {row.tokens[0] for row in rows}
+
+    share = float(tempered[1]) + 1e-4  # which takes the third token to reach
+    assert len(drawn()) > 3
+    assert drawn(top_k=3) == set(ranked[:3])
+    assert drawn(top_p=share) == set(ranked[:3])
+    assert drawn(top_k=1) == drawn(top_p=1e-6) == {ranked[0]}
+    # Of the two likeliest, the first alone holds half.
+    assert drawn(top_k=2, top_p=float(tempered[0] / tempered[1]) - 1e-4) == {ranked[0]}
+    assert drawn(top_k=10_000, seed=3) == drawn(seed=3)
+
+
+def test_a_seed_of_any_size_draws(lab: Any) -> None:
+    built = lab.build()
+    rows = sample(lab, built, [0], seed=2**63 + 1)[0]
+    assert len(rows[0].tokens) == STEPS
+
+
 @pytest.mark.parametrize("temperature", [0.0, 5.0])
 def test_banned_and_padding_ids_never_come_out(lab: Any, temperature: float) -> None:
     """Even where the logits favour them: media ids, and rows that no token has."""
@@ -173,7 +251,13 @@ def test_banned_and_padding_ids_never_come_out(lab: Any, temperature: float) -> 
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ConfigError, match="max_tokens must be at least 1; it is 0"):
-        SamplerSettings(max_tokens=0)
-    with pytest.raises(ConfigError, match="temperature must be 0 or more; it is -1"):
-        SamplerSettings(temperature=-1)
+    for name, value, rule in [
+        ("max_tokens", 0, "of at least 1; it is 0"),
+        ("temperature", -1, "of at least 0; it is -1"),
+        ("temperature", float("nan"), "of at least 0; it is nan"),
+        ("top_p", 0, r"in \(0, 1\]; it is 0"),
+        ("top_k", 0, "of at least 1; it is 0"),
+        ("seed", None, "of at least 0; it is None"),
+    ]:
+        with pytest.raises(ConfigError, match=f"^{name}.* number {rule}"):
+            SamplerSettings(**{name: value})

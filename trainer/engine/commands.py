@@ -3,7 +3,7 @@
 Shape letters: T positions of a document.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -60,11 +60,20 @@ class TakeSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class DropSnapshot:
+    """Forget a snapshot; one that is gone already is no error."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class SaveState:
     """Write weights, optimiser and random state into `folder`; refused while gradients pend."""
 
     folder: Path
     weights_only: bool = False
+    metadata: dict[str, str] = field(default_factory=dict)
+    """The user's own words about the run, for the manifest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,5 +84,5 @@ class LoadState:
     with_optimizer: bool = False
 
 
-Command = ForwardBackward | OptimStep | Sample | TakeSnapshot | SaveState | LoadState
+Command = ForwardBackward | OptimStep | Sample | TakeSnapshot | DropSnapshot | SaveState | LoadState
 Result = list[DocumentResult] | dict[str, float] | list[Generated] | int | None

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from plait.datasets.packing import best_fit, make_units
 from plait.errors import DataError, ModelError
 from plait.stream import Document
 from plait.trainer.build import Built
-from plait.trainer.engine.commands import Command, ForwardBackward
+from plait.trainer.engine.commands import Command, DropSnapshot, ForwardBackward
 from plait.trainer.engine.executor import Executor
 
 
@@ -29,21 +30,33 @@ class EngineSettings:
 class Engine:
     """Commands go in from any thread and are executed one by one in the order of submission.
 
-    With one rank the executor runs in the controller's own worker thread.
+    With one rank the executor runs in the controller's own worker thread. An engine that nobody
+    holds any more ends like a closed one, once what is queued is done.
     """
 
     def __init__(self, built: Built, settings: EngineSettings | None = None) -> None:
         self.built, self.settings = built, settings or EngineSettings()
         self._executor = Executor(built)
-        self._commands: queue.SimpleQueue[tuple[Command, Future[Any]] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Queued | None] = queue.SimpleQueue()
         self._closed = False
-        self._lock = threading.Lock()
-        self._worker = threading.Thread(target=self._work, name="plait-engine", daemon=True)
+        # Reentrant, because the garbage collector may call `discard` in the middle of `submit`.
+        self._lock = threading.RLock()
+        # The worker knows the executor only: while it held the engine, no engine would ever go.
+        self._worker = threading.Thread(
+            target=_work, args=(self._commands, self._executor), name="plait-engine", daemon=True
+        )
+        self._end = weakref.finalize(self, self._commands.put, None)
+        self._end.atexit = False
         self._worker.start()
 
     def submit(self, command: Command) -> "Future[Any]":
-        """Queue a command; its future holds the result, or the error it raised."""
+        """Queue a command; its future holds the result, or the error it raised.
+
+        A command cannot be taken back: cancelling its future, as `asyncio.wait_for` does after its
+        time, would let an `optim_step` behind it run on half of the gradients.
+        """
         future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
         with self._lock:  # so that nothing can be queued behind the end
             if self._closed:
                 raise ModelError("this engine is closed; create a new client")
@@ -80,20 +93,31 @@ class Engine:
         packs = best_fit(units, capacity=capacity, max_documents=most)
         return [list(indices) for indices in packs]
 
+    def discard(self, snapshot: int) -> None:
+        """Forget a snapshot when what is queued is done; never waits, and never fails."""
+        with self._lock:
+            if not self._closed:
+                self.submit(DropSnapshot(snapshot))
+
     def close(self) -> None:
         """Finish what is queued and stop; idempotent."""
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._commands.put(None)
+            self._closed = True
+            self._end()
         self._worker.join()
 
-    def _work(self) -> None:
-        while (queued := self._commands.get()) is not None:
-            command, future = queued
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(self._executor.execute(command))
-            except BaseException as error:  # the caller's to raise, in the caller's thread
-                future.set_exception(error)
+
+Queued = tuple[Command, "Future[Any]"]
+
+
+def _work(commands: "queue.SimpleQueue[Queued | None]", executor: Executor) -> None:
+    while (queued := commands.get()) is not None:
+        _execute(executor, *queued)
+        del queued  # else its documents and results would stay until the next command
+
+
+def _execute(executor: Executor, command: Command, future: "Future[Any]") -> None:
+    try:
+        future.set_result(executor.execute(command))
+    except BaseException as error:  # the caller's to raise, in the caller's thread
+        future.set_exception(error)

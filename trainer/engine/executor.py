@@ -1,20 +1,24 @@
 """One rank's half of the engine: owns the model, the gradients and the optimiser."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from plait.errors import CheckpointError, ModelError, UnknownNameError
+from plait.errors import CheckpointError, DataError, ModelError, UnknownNameError
 from plait.stream import Document, Item, ItemInputs, pack
 from plait.trainer import checkpoint
 from plait.trainer.build import Built
 from plait.trainer.engine.commands import (
     Command,
     DocumentResult,
+    DropSnapshot,
     ForwardBackward,
     LoadState,
     OptimStep,
@@ -25,7 +29,7 @@ from plait.trainer.engine.commands import (
 )
 from plait.trainer.model import Sums
 from plait.trainer.optimiser import make_optimizer, prepare_step, refuse_untrained
-from plait.trainer.sampling.sampler import generate
+from plait.trainer.sampling.sampler import Generated, generate
 
 _PROCESS_RANDOM = threading.Lock()
 
@@ -39,23 +43,18 @@ class Executor:
     def __init__(self, built: Built) -> None:
         self.built, self.model = built, built.model
         self.random = torch.Generator().manual_seed(built.seed).get_state()
-        self.optimizer = make_optimizer(self.model)
         self.steps = 0
         self.pending_weight = 0.0
         self._snapshots: dict[int, dict[str, Tensor]] = {}
-        self._handlers = {
-            ForwardBackward: self.forward_backward,
-            OptimStep: self.optim_step,
-            Sample: self.sample,
-            TakeSnapshot: self.take_snapshot,
-            SaveState: self.save_state,
-            LoadState: self.load_state,
-        }
+        self._numbers = count()
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Made when it is first needed: a model that only samples has nothing to optimise."""
+        return make_optimizer(self.model)
 
     def execute(self, command: Command) -> Result:
-        handler = self._handlers[type(command)]
-        result: Result = handler(command)  # type: ignore[operator]
-        return result
+        return _HANDLERS[type(command)](self, command)
 
     def forward_backward(self, command: ForwardBackward) -> list[DocumentResult]:
         results: list[DocumentResult | None] = [None] * len(command.documents)
@@ -89,7 +88,10 @@ class Executor:
 
     def _load_item(self, item: Item) -> ItemInputs:
         encoder = self.model.media_encoder(item.plan.encoder).encoder
-        return ItemInputs(inputs=encoder.process(item.part.decode(self.built.limits)))
+        try:
+            return ItemInputs(inputs=encoder.process(item.part.decode(self.built.limits)))
+        except DataError as error:
+            raise error.at(item.origin) from error
 
     @contextmanager
     def _own_random(self) -> Iterator[None]:
@@ -133,7 +135,7 @@ class Executor:
         self.steps += 1
         return {"grad_norm:mean": metrics["grad_norm"]}
 
-    def sample(self, command: Sample) -> list[object]:
+    def sample(self, command: Sample) -> list[Generated]:
         with self._weights_of(command.snapshot):
             rows = generate(
                 self.model,
@@ -148,9 +150,12 @@ class Executor:
 
     def take_snapshot(self, command: TakeSnapshot) -> int:
         del command
-        number = len(self._snapshots)
+        number = next(self._numbers)
         self._snapshots[number] = self._copies()
         return number
+
+    def drop_snapshot(self, command: DropSnapshot) -> None:
+        self._snapshots.pop(command.number, None)
 
     def _copies(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for _, name, parameter in self.model.trainable()}
@@ -177,7 +182,7 @@ class Executor:
 
     def save_state(self, command: SaveState) -> None:
         if command.weights_only:
-            checkpoint.save(command.folder, self.built)
+            checkpoint.save(command.folder, self.built, metadata=command.metadata)
             return
         if self.pending_weight or any(p.grad is not None for _, _, p in self.model.trainable()):
             raise CheckpointError(
@@ -185,19 +190,32 @@ class Executor:
                 "before it"
             )
         state = checkpoint.capture(self.optimizer, self.steps, self.random)
-        checkpoint.save(command.folder, self.built, state)
+        checkpoint.save(command.folder, self.built, state, metadata=command.metadata)
 
     def load_state(self, command: LoadState) -> None:
-        state = checkpoint.load(command.folder, self.built, with_state=command.with_optimizer)
-        if command.with_optimizer:
-            if state is None:
-                raise CheckpointError(
-                    f"checkpoint {command.folder} holds weights only; use load_state"
-                )
+        def accept(state: checkpoint.State | None) -> None:
+            if command.with_optimizer:
+                checkpoint.check_state(command.folder, state, self.optimizer)
+
+        state = checkpoint.load(
+            command.folder, self.built, with_state=command.with_optimizer, accept=accept
+        )
+        if state is not None:
             self.optimizer.load_state_dict(state.optimizer)
             self.random, self.steps = state.random, state.step
         self.optimizer.zero_grad(set_to_none=True)
         self.pending_weight = 0.0
+
+
+_HANDLERS: dict[type[Command], Callable[[Executor, Any], Result]] = {
+    ForwardBackward: Executor.forward_backward,
+    OptimStep: Executor.optim_step,
+    Sample: Executor.sample,
+    TakeSnapshot: Executor.take_snapshot,
+    DropSnapshot: Executor.drop_snapshot,
+    SaveState: Executor.save_state,
+    LoadState: Executor.load_state,
+}
 
 
 def _results(documents: Sequence[Document], sums: Sums) -> list[DocumentResult]:

@@ -1,6 +1,7 @@
 """Documents from explicit tokens and media, and back: the form in which loops send their data."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -8,7 +9,16 @@ from plait.errors import DataError, Origin
 from plait.modalities import MediaPart
 from plait.stream import Document, Item, Layout, Span
 
-Piece = Sequence[int] | MediaPart
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """A media part, and where it came from."""
+
+    part: MediaPart
+    origin: Origin = field(default_factory=Origin)
+
+
+Piece = Sequence[int] | Media
 
 
 def document_from(
@@ -16,11 +26,12 @@ def document_from(
     layout: Layout,
     targets: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
-    origin: Origin | None = None,
     *,
     vocabulary: int,
 ) -> Document:
     """A document whose tokens are given; media take the positions that their headers plan.
+
+    It comes from where the first of its media that says so does.
 
     Args:
         targets, weights: One value per position; without targets nothing is learned.
@@ -30,19 +41,20 @@ def document_from(
         DataError: a length or a token id is wrong, a media position carries weight, or nothing is
             there.
     """
-    origin = origin or Origin()
+    origins = [piece.origin for piece in pieces if isinstance(piece, Media)]
+    origin = next((one for one in origins if str(one)), Origin())
     ids: list[int] = []
     spans: list[Span] = []
     items: list[Item] = []
     for piece in pieces:
-        if not isinstance(piece, MediaPart):
+        if not isinstance(piece, Media):
             _check_known("a token id", piece, vocabulary, origin)
             ids += [int(token) for token in piece]
             continue
-        plan = layout.plan(piece, origin)
+        plan = layout.plan(piece.part, piece.origin)
         group = len(items) if plan.bidirectional else None
         spans.append(Span(len(ids), plan.length, plan.encoder, len(items), 0, group))
-        items.append(Item(piece, plan, 0, origin))
+        items.append(Item(piece.part, plan, 0, piece.origin))
         ids += [layout.placeholder_id] * plan.length
     length = len(ids)
     token_ids = np.array(ids, dtype=np.int64)
@@ -97,14 +109,15 @@ def _check(document: Document) -> None:
             )
 
 
-def pieces_of(document: Document) -> Iterator[tuple[list[int] | MediaPart, int]]:
+def pieces_of(document: Document) -> Iterator[tuple[list[int] | Media, int]]:
     """The token runs and media of a document, in order, each with its number of positions."""
     at = 0
     for span in document.spans:
         if span.start > at:
             run = document.token_ids[at : span.start].tolist()
             yield run, len(run)
-        yield document.items[span.item].part, span.length
+        item = document.items[span.item]
+        yield Media(item.part, item.origin), span.length
         at = span.stop
     if at < document.length:
         run = document.token_ids[at:].tolist()

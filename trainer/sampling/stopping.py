@@ -1,0 +1,34 @@
+"""When a sequence ends."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class Stops:
+    """The ends that a sequence may come to.
+
+    Args:
+        stop: As in `SamplerSettings`.
+    """
+
+    def __init__(self, tokenizer: Any, stop: tuple[int | str, ...] | None) -> None:
+        self.tokenizer = tokenizer
+        self.texts = tuple(entry for entry in stop or () if isinstance(entry, str))
+        self.tokens = {entry for entry in stop or () if isinstance(entry, int)}
+        if (stop is None or self.texts) and tokenizer.eos_token_id is not None:
+            self.tokens.add(tokenizer.eos_token_id)
+
+    def reached(self, tokens: Sequence[int]) -> bool:
+        """Whether the last of these generated tokens is the sequence's end.
+
+        The whole text is decoded each time: a token may be part of a character, and a text may
+        begin in any token before.
+        """
+        if tokens[-1] in self.tokens:
+            return True
+        if not self.texts:
+            return False
+        text = self.tokenizer.decode(
+            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return any(stop in text for stop in self.texts)
