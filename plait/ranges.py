@@ -31,14 +31,18 @@ def check_number(name: str, value: Any, interval: str, *, whole: bool = False) -
     """
     low, high = (float(end) for end in interval[1:-1].split(","))
     fits = (
-        isinstance(value, Integral if whole else Real)
-        and not isinstance(value, bool)
+        is_number(value, whole=whole)
         and (low <= value if interval[0] == "[" else low < value)
         and (value <= high if interval[-1] == "]" else value < high)
     )
     if not fits:
         kind = "a whole number" if whole else "a number"
         raise ConfigError(f"{name} must be {kind} {_in_words(interval)}; it is {value!r}")
+
+
+def is_number(value: object, *, whole: bool = False) -> bool:
+    """Python's and numpy's numbers; True and False are none."""
+    return not isinstance(value, bool) and isinstance(value, Integral if whole else Real)
 
 
 def check_numbers(settings: object, intervals: Mapping[str, str]) -> None:

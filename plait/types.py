@@ -5,7 +5,6 @@ Plain data: no torch is loaded until a tensor is asked for.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from plait.errors import ConfigError, DataError, Origin, UnknownNameError
 from plait.modalities import Image
-from plait.ranges import ADAMW, SAMPLING, check_number, check_numbers
+from plait.ranges import ADAMW, SAMPLING, check_number, check_numbers, is_number
 
 if TYPE_CHECKING:
     import torch
@@ -246,15 +245,11 @@ def _stop(stop: Any) -> tuple[str, ...] | tuple[int, ...] | None:
     entries = tuple(stop) if listed else (stop,)
     if all(isinstance(entry, str) and entry for entry in entries):
         return entries
-    if listed and all(_is_token(entry) for entry in entries):
+    if listed and all(is_number(entry, whole=True) and entry >= 0 for entry in entries):
         return tuple(int(entry) for entry in entries)
     raise ConfigError(
         f"stop must be a text, texts or token ids, none of them empty or below 0; it is {stop!r}"
     )
-
-
-def _is_token(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
 @dataclass(frozen=True)

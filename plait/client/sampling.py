@@ -58,7 +58,7 @@ class SamplingClient(Client):
         self._release()
 
     def _settings(self, params: SamplingParams) -> SamplerSettings:
-        stop = None if params.stop is None else tuple(params.stop)
+        stop: tuple[int | str, ...] | None = None if params.stop is None else tuple(params.stop)
         for token in stop or ():
             if isinstance(token, int):
                 check_number("a stop token", token, f"[0, {self._vocabulary})", whole=True)

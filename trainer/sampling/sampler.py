@@ -121,7 +121,7 @@ def _room(model: PlaitModel, prompts: Sequence[Document], settings: SamplerSetti
     if settings.max_tokens is not None:
         return settings.max_tokens
     config = model.language.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
+    context: int | None = getattr(config, "max_position_embeddings", None)
     if context is None:
         return MOST_TOKENS
     return max(1, min(MOST_TOKENS, context - max(prompt.length for prompt in prompts)))
