@@ -60,20 +60,21 @@ def check_language(built: "Built") -> None:
 
 
 def packing_difference(built: "Built", seed: int = 0) -> float:
-    """The relative difference of gradients between packed and single documents of random tokens.
+    """The relative difference between packed and single documents of random tokens.
 
-    Gradients of all trainable parameters are compared as one vector; the losses too.
+    Gradients of all trainable parameters are compared as one vector, and so are the logprobs,
+    whose difference is taken beside their spread.
     """
     model = built.model
     model.eval()
     documents = _random_documents(built, seed)
-    apart = [_loss_and_gradients(model, [document]) for document in documents]
-    loss, gradients = _loss_and_gradients(model, documents)
+    apart = [_logprobs_and_gradients(model, [document]) for document in documents]
+    logprobs, gradients = _logprobs_and_gradients(model, documents)
     alone = torch.stack([g for _, g in apart]).sum(0)
-    alone_loss = torch.stack([value for value, _ in apart]).sum()
     by_gradient = float((gradients - alone).norm() / alone.norm().clamp(min=1e-30))
-    by_loss = float(((loss - alone_loss) / alone_loss).abs())
-    return max(by_gradient, by_loss)
+    single = torch.cat([values for values, _ in apart])
+    by_logprob = float((logprobs - single).norm() / (single - single.mean()).norm())
+    return max(by_gradient, by_logprob)
 
 
 def check_packing(built: "Built") -> tuple[bool, float]:
@@ -113,11 +114,11 @@ def _document(tokens: IntArray, layout: Layout) -> Document:
     )
 
 
-def _loss_and_gradients(model: PlaitModel, documents: list[Document]) -> tuple[Tensor, Tensor]:
+def _logprobs_and_gradients(model: PlaitModel, documents: list[Document]) -> tuple[Tensor, Tensor]:
     model.zero_grad(set_to_none=True)
     sums = model.compute(pack(documents, [[] for _ in documents]))
     if sums.loss.requires_grad:  # a model that only samples trains nothing
         sums.loss.backward()  # type: ignore[no-untyped-call]
     parts = [p.grad.double().flatten() for _, _, p in model.trainable() if p.grad is not None]
     model.zero_grad(set_to_none=True)
-    return sums.loss.detach().double(), torch.cat(parts) if parts else torch.zeros(1)
+    return sums.logprobs.double(), torch.cat(parts) if parts else torch.zeros(1)

@@ -207,7 +207,7 @@ def config_from(values: Mapping[str, Any]) -> RunConfig:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--run", type=RunConfig)
     try:
-        run = parser.instantiate_classes(parser.parse_object({"run": deepcopy(dict(values))})).run
+        run = parser.instantiate(parser.parse_object({"run": deepcopy(dict(values))})).run
     except (ArgumentError, TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise

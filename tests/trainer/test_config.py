@@ -84,7 +84,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(path: str, near: str) -> Non
     ("train.checkpoint_every", 0, r"train\.checkpoint_every must be at least 1"),
     ("train.patience", 0, r"train\.patience must be at least 1"),
     ("train.prefetch", -1, r"train\.prefetch must be at least 0"),
-    ("seed", -1, "seed must be 0 or more; it is -1"),
+    ("seed", -1, "seed must be a whole number of at least 0; it is -1"),
 ])  # fmt: skip
 def test_a_value_that_does_not_fit_is_refused(path: str, value: Any, told: str) -> None:
     with pytest.raises(ConfigError, match=told) as caught:

@@ -194,6 +194,6 @@ def test_the_check_leaves_the_model_as_it_was(lab: Any) -> None:
     built = lab.build(lora=None, train=("projector",))
     before = {name: value.clone() for name, value in built.model.state_dict().items()}
     packs, difference = check_packing(built)
-    assert packs and difference < 1e-6
+    assert packs and difference < 1e-5
     assert all(p.grad is None for p in built.model.parameters())
     assert all(torch.equal(before[n], v) for n, v in built.model.state_dict().items())

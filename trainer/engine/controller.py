@@ -45,8 +45,7 @@ class Engine:
         self._worker = threading.Thread(
             target=_work, args=(self._commands, self._executor), name="plait-engine", daemon=True
         )
-        self._end = weakref.finalize(self, self._commands.put, None)
-        self._end.atexit = False
+        self._end = weakref.finalize(self, _finish, self._commands, self._worker)
         self._worker.start()
 
     def submit(self, command: Command) -> "Future[Any]":
@@ -105,6 +104,16 @@ class Engine:
             self._closed = True
             self._end()
         self._worker.join()
+
+
+def _finish(commands: "queue.SimpleQueue[Queued | None]", worker: threading.Thread) -> None:
+    """Let the worker end, and at the interpreter's end wait for it.
+
+    A thread that Python stops in the middle of torch's code takes the process down with it.
+    """
+    commands.put(None)
+    if not threading.main_thread().is_alive():
+        worker.join()
 
 
 Queued = tuple[Command, "Future[Any]"]
