@@ -55,6 +55,7 @@ def test_the_launch_template_is_the_recipe() -> None:
     assert plain(template) == plain(recipe) | {"name": "stamps-launch"}
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 def test_the_examples_run_on_a_folder_of_one_s_own(here: Path, picture_folder: Path) -> None:
     for number, file in enumerate(sorted(picture_folder.rglob("*.png"))[::3]):

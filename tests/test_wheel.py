@@ -27,6 +27,16 @@ reveal_type(client.optim_step(plait.AdamParams(learning_rate=1e-4)).result().met
 plait.AdamParams(learning_rate="fast")
 plait.Message("user", ["not a tuple of parts"])
 """
+USE_IT = """\
+import sys
+import plait.trainer.run
+from plait.cli import main
+
+recipe, folder = sys.argv[1:]
+print(plait.trainer.run.__file__)
+code = main(["train", recipe, "--set", "train.steps=3", "--set", "views.count=1"])
+sys.exit(code or main(["report", folder]))
+"""
 REVEALED = [
     "plait.client.service.ServiceClient",
     "dict[str, int]",
@@ -103,16 +113,14 @@ def test_it_trains_from_another_folder(
     """All four in one: the copy is the wheel's, the recipe trains, and its report is written."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    where = run(python, "-c", "import plait.trainer.run as r; print(r.__file__)", cwd=elsewhere)
-    assert Path(where.stdout.strip()).is_relative_to(python.parent.parent), where.stderr
-    words = ["train", tiny_recipe, "--set", "train.steps=3", "--set", "views.count=1"]
-    plait = python.parent / "plait"
-    trained = run(plait, *words, cwd=elsewhere, PLAIT_HOME=str(private_home))
-    assert trained.returncode == 0, trained.stderr
+    helped = run(python.parent / "plait", "--help", cwd=elsewhere)
+    assert helped.returncode == 0, helped.stderr
+    done = run(python, "-c", USE_IT, tiny_recipe, tmp_path / "run", cwd=elsewhere,
+               PLAIT_HOME=str(private_home))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.splitlines()[0]).is_relative_to(python.parent.parent)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["test"]["nll_matched"] > 0
-    report = run(plait, "report", tmp_path / "run", cwd=elsewhere, PLAIT_HOME=str(private_home))
-    assert report.returncode == 0, report.stderr
     assert (tmp_path / "run" / "report.html").is_file()
 
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = """
@@ -51,6 +53,7 @@ print(json.dumps({"found": found, "same": same, "refused": refused, "rounds": ro
 """
 
 
+@pytest.mark.slow
 def test_it_measures_one_step_or_gives_no_number() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=ROOT, check=True, text=True, capture_output=True

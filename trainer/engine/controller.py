@@ -1,11 +1,13 @@
 """The engine's controller: one queue in the order of submission, packing that nobody sees."""
 
+import atexit
 import queue
 import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from plait.datasets.packing import best_fit, make_units
@@ -45,7 +47,11 @@ class Engine:
         self._worker = threading.Thread(
             target=_work, args=(self._commands, self._executor), name="plait-engine", daemon=True
         )
-        self._end = weakref.finalize(self, _finish, self._commands, self._worker)
+        self._end = weakref.finalize(self, self._commands.put, None)
+        self._end.atexit = False
+        # Also for an engine that is already gone, whose worker may still be freeing the model.
+        self._at_exit = partial(_finish, self._commands, self._worker)
+        atexit.register(self._at_exit)
         self._worker.start()
 
     def submit(self, command: Command) -> "Future[Any]":
@@ -104,16 +110,13 @@ class Engine:
             self._closed = True
             self._end()
         self._worker.join()
+        atexit.unregister(self._at_exit)
 
 
 def _finish(commands: "queue.SimpleQueue[Queued | None]", worker: threading.Thread) -> None:
-    """Let the worker end, and at the interpreter's end wait for it.
-
-    A thread that Python stops in the middle of torch's code takes the process down with it.
-    """
+    """At the interpreter's end: a thread that is stopped inside of torch's code aborts it."""
     commands.put(None)
-    if not threading.main_thread().is_alive():
-        worker.join()
+    worker.join()
 
 
 Queued = tuple[Command, "Future[Any]"]
