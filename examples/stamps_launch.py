@@ -49,9 +49,9 @@ def recipe(folder: str, steps: int) -> RunConfig:
             max_documents=16,
             learning_rate=4e-4,
             part_learning_rates={"projector": 2e-3},
-            warmup=15,
-            validate_every=20,
-            checkpoint_every=20,
+            warmup=20,
+            validate_every=25,
+            checkpoint_every=25,
         ),
     )
 
@@ -59,7 +59,7 @@ def recipe(folder: str, steps: int) -> RunConfig:
 if __name__ == "__main__":
     config = recipe(
         sys.argv[1] if len(sys.argv) > 1 else "fetched:stamps",
-        int(sys.argv[2]) if len(sys.argv) > 2 else 100,
+        int(sys.argv[2]) if len(sys.argv) > 2 else 150,
     )
     console = Console(highlight=False)
     metrics = train(config, console)
