@@ -53,5 +53,5 @@ def _page_entry(
         medium, item, group = media.get(position, (TEXT, None, None))
         text = tokenizer.decode([token]) if item is None else ""
         tokens.append(PreviewToken(text, medium, learned[position], item, group))
-    title = f"{document.length} positions, {sum(w != 0 for w in weights)} learned"
+    title = f"{sum(w != 0 for w in weights)} of {len(ids)} positions learned"
     return PreviewSample(sample.id, title, tokens, pictures)
