@@ -141,7 +141,7 @@ def _padded(rows: list[Tensor], value: float) -> Tensor:
 
 def _document(row: Row) -> tuple[Document, list[ItemInputs]]:
     """A row as the renderer would give it, with its cached features."""
-    spans, items, start = [], [], 0
+    spans, items, start = [], [], int((row.ids == PICTURE).argmax())
     for number, picture in enumerate(row.pictures):
         length = len(picture)
         spans.append(Span(start, length, "cached", number))

@@ -23,10 +23,12 @@ config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hi
                      num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
                      tie_word_embeddings=True)
 r = np.random.default_rng(3)
-def row(pictures, text):
-    ids = np.concatenate([np.full(3 * pictures, step_rows.PICTURE), r.integers(0, 64, text)])
+def row(n):
+    pictures, text = n % 3, 4 + n
+    before, after = r.integers(0, 64, n % 2), r.integers(0, 64, text)
+    ids = np.concatenate([before, np.full(3 * pictures, step_rows.PICTURE), after])
     return step_rows._row(ids, len(ids) - 2, [3] * pictures, 8, r)
-batches = [[row(n % 3, 4 + n) for n in range(size)] for size in (5, 7)]
+batches = [[row(n) for n in range(size)] for size in (5, 7)]
 model = step.build(step._random(config), 8)
 # A pack of 40 positions makes several packs of a batch.
 case = step.Case(model, batches, 40, {"weights": "tiny"})
