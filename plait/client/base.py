@@ -52,7 +52,7 @@ class Client(Ready):
             length_known if weights is None else weights.tolist(),
             vocabulary=self._vocabulary,
         )
-        check_expected(model_input, document)
+        check_expected(model_input, document, self._built.limits)
         return document
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Between chunks, which users see, and documents, which the engine computes."""
 
 from plait.errors import ConfigError, DataError
-from plait.modalities import Image, Part, Text
+from plait.modalities import Image, Limits, Part, Text
 from plait.stream import Document, Message, Sample
 from plait.trainer.engine.inputs import Media, Piece, pieces_of
 from plait.types import FORMATS, Chunk, EncodedTextChunk, ImageChunk, ModelInput
@@ -33,7 +33,7 @@ def input_from(document: Document) -> ModelInput:
     return ModelInput(tuple(chunks))
 
 
-def check_expected(model_input: ModelInput, document: Document) -> None:
+def check_expected(model_input: ModelInput, document: Document, limits: Limits) -> None:
     """Compare what chunks say of their pictures with the pictures.
 
     Raises:
@@ -48,11 +48,11 @@ def check_expected(model_input: ModelInput, document: Document) -> None:
                 chunk.origin,
             )
         if chunk.format is not None:
-            _check_format(chunk)
+            _check_format(chunk, limits)
 
 
-def _check_format(chunk: ImageChunk) -> None:
-    found = chunk.image.header().format
+def _check_format(chunk: ImageChunk, limits: Limits) -> None:
+    found = chunk.image.header(limits).format
     if chunk.format is not None and found not in FORMATS[chunk.format]:
         raise DataError(
             f"a chunk's format must be that of its picture, which is {found}; the chunk says "

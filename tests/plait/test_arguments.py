@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 from plait.cli import main
 from plait.client import ServiceClient, TrainingClient
 from plait.errors import ConfigError, DataError, MediaError, Origin, UnknownNameError
-from plait.modalities import Image, Text
+from plait.modalities import Image, Limits, Text
 from plait.stream import Message, Sample
 from plait.trainer import checkpoint
 from plait.trainer.spec import ModelSpec
@@ -107,3 +107,23 @@ def test_a_chunks_format_must_be_that_of_its_bytes(make: Make) -> None:
             forward(data, named)
     with pytest.raises(UnknownNameError, match="unknown picture format 'webp'"):
         forward(png, "webp")
+
+
+def test_the_service_s_limits_hold_for_all_that_is_read(spec: ModelSpec, tmp_path: Path) -> None:
+    small = ServiceClient(tmp_path, limits=Limits(max_image_pixels=100))
+    with (
+        small.create_training_client(spec) as client,
+        pytest.raises(MediaError, match="raise max_image_pixels"),
+    ):
+        client.datum(shown(Image(picture("PNG"))))
+    side = int(Limits().max_image_pixels ** 0.5) + 1
+    stream = BytesIO()
+    PILImage.new("L", (side, side)).save(stream, "PNG", compress_level=1)
+    large = ServiceClient(tmp_path, limits=Limits(max_image_pixels=side * side))
+    with large.create_training_client(spec) as client:
+        datum = client.datum(shown(Image(stream.getvalue())))
+        [chunk, *rest] = datum.model_input.chunks
+        assert isinstance(chunk, ImageChunk)
+        named = ModelInput((replace(chunk, format="png"), *rest))
+        again = Datum(named, datum.loss_fn_inputs)
+        assert client.forward([again]).result().metrics["loss:sum"] > 0
