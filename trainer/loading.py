@@ -7,7 +7,7 @@ from plait.datasets.views import Views
 from plait.encoders.feature_cache import FeatureCache
 from plait.encoders.media_encoder import MediaEncoder
 from plait.modalities import Limits
-from plait.stream import Item, ItemInputs
+from plait.stream import Encoded, Item, ItemInputs
 from plait.trainer.model import PlaitModel
 
 BATCH = 16
@@ -46,18 +46,20 @@ class ItemLoader:
         return self.caches[item.plan.encoder].key(item.part.digest(), view)
 
     def keep(self, items: Sequence[Item], inputs: Sequence[ItemInputs]) -> None:
-        """Encode decoded items of one encoder together and keep their features.
+        """Encode decoded items of one encoder together and keep their features."""
+        name = items[0].plan.encoder
+        for item, encoded in zip(items, self.encode(name, inputs), strict=True):
+            self.caches[name].put(self.key(item), encoded)
+
+    def encode(self, name: str, inputs: Sequence[ItemInputs]) -> list[Encoded]:
+        """Features of decoded items, as they are computed ahead.
 
         A batch is filled up to `BATCH` with its last item: kernels that are chosen by the size of
         a batch round otherwise, and the same picture would have other bits in a batch of one.
         """
-        encoder = self.encoders[items[0].plan.encoder]
-        cache = self.caches[items[0].plan.encoder]
         filled = [loaded.inputs or {} for loaded in inputs]
         filled += filled[-1:] * (BATCH - len(filled))
-        features = encoder.features(filled)[: len(items)]
-        for item, encoded in zip(items, features, strict=True):
-            cache.put(self.key(item), encoded)
+        return self.encoders[name].features(filled)[: len(inputs)]
 
 
 def cacheable(model: PlaitModel) -> list[str]:

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from plait.datasets.planning import PlanSummary, plan_epoch, summarise
-from plait.errors import DataError
 from plait.stream import Item
 from plait.stream import pack as join
 from plait.trainer.build import build, parameter_counts
@@ -77,8 +76,6 @@ def plan(config: RunConfig) -> TrainingPlan:
 def _packs(bench: Workbench) -> tuple[PlanSummary, list[tuple[int, ...]]]:
     """The first epoch's packs, as places among the measured rows."""
     settings, measured = bench.loader_settings, bench.screened
-    if not measured.rows:
-        raise DataError("a training needs a usable row and this dataset has none")
     packs = plan_epoch(
         measured.lengths,
         seed=settings.seed,
@@ -93,8 +90,7 @@ def _packs(bench: Workbench) -> tuple[PlanSummary, list[tuple[int, ...]]]:
 def _encode_largest(bench: Workbench, batches: Sequence[Sequence[Item]]) -> None:
     """Decode and encode the batch with the most positions, as the features phase does."""
     for batch in sorted(batches, key=lambda items: sum(i.plan.length for i in items))[-1:]:
-        inputs = [bench.loading.decode(item).inputs or {} for item in batch]
-        bench.encoders[batch[0].plan.encoder].features(inputs)
+        bench.loading.encode(batch[0].plan.encoder, [bench.loading.decode(i) for i in batch])
 
 
 def _rehearse(bench: Workbench, packs: Sequence[tuple[int, ...]]) -> None:
