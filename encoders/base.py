@@ -7,11 +7,9 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -19,6 +17,14 @@ from plait.stream import Encoded
 
 Grid = tuple[int, int, int]
 """(time, height, width) in positions."""
+
+
+class Shape(NamedTuple):
+    """The grid of an item, and when each of its time rows begins, for media that have time."""
+
+    grid: Grid
+    seconds: tuple[float, ...] = ()
+
 
 Inputs = Mapping[str, Tensor]
 """What `process` made of one item."""
@@ -38,7 +44,8 @@ def weights_folder(weights: str | Path) -> Path:
 
 
 class Encoder(nn.Module, ABC):
-    """A tower for one medium. A subclass sets `width` and writes the five abstract methods.
+    """A tower for one medium. A subclass sets `width` and writes the four abstract methods;
+    one that reads sound or film also `seconds` and `wanted`.
 
     The positions of one item are its grid in row-major order. `bidirectional` says that the
     language model reads them in both directions, as one group.
@@ -63,9 +70,20 @@ class Encoder(nn.Module, ABC):
             MediaError: this encoder cannot read such an item.
         """
 
+    def seconds(self, header: Any, grid: Grid) -> tuple[float, ...]:  # noqa: ARG002
+        """When each time row of `plan`'s grid begins; () for media without time."""
+        return ()
+
+    def wanted(self, header: Any) -> Any:  # noqa: ARG002
+        """What decoding is asked for: an `AudioRequest`, a `FrameSampling`; None for pictures."""
+        return None
+
     @abstractmethod
-    def process(self, array: NDArray[np.uint8]) -> dict[str, Tensor]:
-        """CPU tensors of one decoded item (H, W, 3), without a batch dimension; thread-safe."""
+    def process(self, media: Any) -> dict[str, Tensor]:
+        """CPU tensors of one decoded item, without a batch dimension; thread-safe.
+
+        A picture is uint8 (H, W, 3), a sound float32 (samples,), a film `plait.modalities.Frames`.
+        """
 
     @abstractmethod
     def forward(self, inputs: Sequence[Inputs]) -> list[Encoded]:

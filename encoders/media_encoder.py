@@ -5,7 +5,7 @@ projector makes them embeddings. Shape letters: N positions of an item, C channe
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from math import prod
@@ -13,11 +13,16 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from plait.encoders.base import Encoder, Inputs
-from plait.encoders.projectors import Pool
+from plait.encoders.base import Encoder, Inputs, Shape
+from plait.encoders.projectors import Pool, Projector
 from plait.errors import DataError, ModelError, Origin
-from plait.modalities import Limits, MediaPart
+from plait.modalities import Limits, MediaHeader, MediaPart
 from plait.stream import Encoded, ItemInputs, ItemPlan
+
+
+def read_header(part: MediaPart, limits: Limits) -> MediaHeader:
+    """A part's header, from its file."""
+    return part.header(limits)
 
 
 class MediaEncoder(nn.Module):
@@ -31,7 +36,7 @@ class MediaEncoder(nn.Module):
         self,
         encoder: Encoder,
         pool: Pool,
-        projector: nn.Module,
+        projector: Projector,
         trainable: bool = False,
         limits: Limits = Limits(),  # noqa: B008  (frozen)
     ) -> None:
@@ -40,6 +45,8 @@ class MediaEncoder(nn.Module):
         self.pool = pool
         self.projector = projector
         self.limits = limits
+        self.headers: Callable[[MediaPart, Limits], MediaHeader] = read_header
+        """Reads headers; a run puts a cache of them here."""
 
     @property
     def name(self) -> str:
@@ -63,10 +70,27 @@ class MediaEncoder(nn.Module):
                 origin,
             )
         try:
-            grid = self.pool.plan(self.encoder.plan(part.header(self.limits)))
+            header = self.headers(part, self.limits)
+            grid = self.encoder.plan(header)
+            wanted = self.encoder.wanted(header)
+            shape = self.pool.plan(Shape(grid, self.encoder.seconds(header, grid)))
         except DataError as error:
             raise error.at(replace(origin, file=origin.file or part.file)) from error
-        return ItemPlan(self.name, prod(grid), grid, self.encoder.bidirectional)
+        grid, seconds = self.projector.plan(shape)
+        return ItemPlan(
+            self.name, prod(grid), grid, self.encoder.bidirectional, seconds, wanted=wanted
+        )
+
+    def soundtrack(self, part: MediaPart, origin: Origin) -> tuple[MediaPart | None, bool]:
+        """The sound that is read beside a film, where the sample asks for it, as the part says.
+
+        Raises:
+            DataError: the film's header cannot be read; names the row.
+        """
+        try:
+            return part.soundtrack(self.headers(part, self.limits))
+        except DataError as error:
+            raise error.at(replace(origin, file=origin.file or part.file)) from error
 
     def features(self, inputs: Sequence[Inputs]) -> list[Encoded]:
         """Pooled features (N, C) of processed items, on the tower's device."""
@@ -89,9 +113,20 @@ class MediaEncoder(nn.Module):
         rows = torch.cat([item.embeddings for item in features])
         if like is not None:
             rows = rows.to(like.device, like.dtype)
-        lengths = [len(item.embeddings) for item in features]
-        parts = self.projector(rows).split(lengths)
-        return [replace(item, embeddings=part) for item, part in zip(features, parts, strict=True)]
+        before = [Shape(item.grid, item.seconds) for item in features]
+        shapes = [self.projector.plan(shape) for shape in before]
+        projected = self.projector(rows, [item.grid for item in features])
+        # A projector that joins nothing keeps the features' own number, whatever was planned:
+        # `MediaBatch.check` compares it and names the row.
+        lengths = [
+            len(item.embeddings) if shape == old else prod(shape.grid)
+            for item, old, shape in zip(features, before, shapes, strict=True)
+        ]
+        parts = projected.split(lengths)
+        return [
+            replace(item, embeddings=part, grid=shape.grid, seconds=shape.seconds)
+            for item, part, shape in zip(features, parts, shapes, strict=True)
+        ]
 
     def forward(self, items: Sequence[ItemInputs]) -> list[Encoded]:
         """Embeddings of loaded items, some of which may bring cached features."""
@@ -116,7 +151,7 @@ class MediaEncoder(nn.Module):
         if any(p.requires_grad for p in self.projector.parameters()):
             like = next(self.projector.parameters())
             nothing = torch.zeros(0, self.encoder.width, device=like.device, dtype=like.dtype)
-            total = total + self.projector(nothing).sum().to(total)
+            total = total + self.projector(nothing, []).sum().to(total)
         for parameter in self.encoder.parameters():
             if parameter.requires_grad:
                 total = total + parameter.reshape(-1)[:0].sum().to(total)

@@ -3,14 +3,17 @@
 A pool has no parameters, so pooled features can be cached. Shape letters: N positions, C channels.
 """
 
+import inspect
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plait.encoders.base import Grid
+from plait.encoders.base import Grid, Shape
 from plait.errors import ConfigError, UnknownNameError
 from plait.stream import Encoded
 
@@ -21,8 +24,11 @@ _GELU_SECOND_MOMENT = 0.4252
 class Pool(Protocol):
     """A parameter-free map of grids."""
 
-    def plan(self, grid: Grid) -> Grid:
-        """The grid that `__call__` makes of this one."""
+    def plan(self, shape: Shape) -> Shape:
+        """The shape that `__call__` makes of this one."""
+
+    def width(self, width: int) -> int:
+        """The channels that `__call__` makes of so many."""
 
     def __call__(self, encoded: Encoded) -> Encoded: ...
 
@@ -33,8 +39,11 @@ class Pool(Protocol):
 class KeepGrid:
     """Every feature takes a position."""
 
-    def plan(self, grid: Grid) -> Grid:
-        return grid
+    def plan(self, shape: Shape) -> Shape:
+        return shape
+
+    def width(self, width: int) -> int:
+        return width
 
     def __call__(self, encoded: Encoded) -> Encoded:
         return encoded
@@ -55,29 +64,48 @@ class GridPool:
             raise ConfigError(
                 f"a pooled grid needs at least one row and column; got {height} x {width}"
             )
-        self.height, self.width = height, width
+        self.height, self.columns = height, width
 
-    def plan(self, grid: Grid) -> Grid:
-        return grid[0], self.height, self.width
+    def plan(self, shape: Shape) -> Shape:
+        return Shape((shape.grid[0], self.height, self.columns), shape.seconds)
+
+    def width(self, width: int) -> int:
+        return width
 
     def __call__(self, encoded: Encoded) -> Encoded:
         return Encoded(
             self._pool(encoded.embeddings, encoded.grid),
             tuple(self._pool(layer, encoded.grid) for layer in encoded.layers),
-            self.plan(encoded.grid),
-            encoded.seconds,
+            *self.plan(Shape(encoded.grid, encoded.seconds)),
         )
 
     def _pool(self, features: Tensor, grid: Grid) -> Tensor:
         frames = features.reshape(*grid, -1).movedim(-1, 1)
-        pooled = F.adaptive_avg_pool2d(frames, (self.height, self.width))
+        pooled = F.adaptive_avg_pool2d(frames, (self.height, self.columns))
         return pooled.movedim(1, -1).flatten(0, 2)
 
     def describe(self) -> str:
-        return f"grid {self.height}x{self.width}"
+        return f"grid {self.height}x{self.columns}"
 
 
-class Linear(nn.Module):
+class Projector(nn.Module, ABC):
+    """From the features of items to embeddings of the language model.
+
+    `forward` takes the features (N, C) of several items one after another, and their grids, and
+    returns the embeddings of each item as if it were alone. It is entered once per micro-batch,
+    with (0, C) and no grids where nothing is read.
+    """
+
+    def plan(self, shape: Shape) -> Shape:
+        """The shape of an item's embeddings; that of its features where nothing is joined."""
+        return shape
+
+    @abstractmethod
+    def forward(self, features: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """(N, inputs) -> (M, outputs)."""
+
+
+class Linear(Projector):
     """One affine map; features of unit variance come out with the spread of word embeddings."""
 
     def __init__(
@@ -86,13 +114,13 @@ class Linear(nn.Module):
         super().__init__()
         self.linear = _linear(inputs, outputs, 1.0, embedding_std, generator)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, grids: Sequence[Grid]) -> Tensor:  # noqa: ARG002
         """(N, inputs) -> (N, outputs)."""
         projected: Tensor = self.linear(features)
         return projected
 
 
-class Mlp(nn.Module):
+class Mlp(Projector):
     """LayerNorm, Linear, GELU, Linear; its output starts with the spread of word embeddings.
 
     The spread lies in the last layer's weights, not in a fixed factor: Adam moves each weight by
@@ -108,13 +136,13 @@ class Mlp(nn.Module):
         self.widen = _linear(inputs, outputs, 1.0, 1.0, generator)
         self.out = _linear(outputs, outputs, _GELU_SECOND_MOMENT, embedding_std, generator)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, grids: Sequence[Grid]) -> Tensor:  # noqa: ARG002
         """(N, inputs) -> (N, outputs)."""
         projected: Tensor = self.out(F.gelu(self.widen(self.norm(features))))
         return projected
 
 
-class Identity(nn.Module):
+class Identity(Projector):
     """For towers whose features already are the language model's embeddings."""
 
     def __init__(
@@ -131,7 +159,7 @@ class Identity(nn.Module):
                 f"has {inputs} channels, the model {outputs}; use 'linear' or 'mlp'"
             )
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, grids: Sequence[Grid]) -> Tensor:  # noqa: ARG002
         """(N, C) -> (N, C)."""
         return features
 
@@ -147,13 +175,23 @@ def _linear(
     return layer
 
 
-PROJECTORS: dict[str, type[nn.Module]] = {"linear": Linear, "mlp": Mlp, "identity": Identity}
+PROJECTORS: dict[str, Callable[..., Projector]] = {
+    "linear": Linear,
+    "mlp": Mlp,
+    "identity": Identity,
+}
 POOLS: dict[str, type[Pool]] = {"keep": KeepGrid, "grid": GridPool}
 
 
 def create_projector(
-    name: str, inputs: int, outputs: int, *, embedding_std: float, generator: torch.Generator
-) -> nn.Module:
+    name: str,
+    inputs: int,
+    outputs: int,
+    *,
+    embedding_std: float,
+    generator: torch.Generator,
+    **options: Any,
+) -> Projector:
     """A projector by name.
 
     Args:
@@ -161,13 +199,20 @@ def create_projector(
         outputs: The language model's hidden size.
         embedding_std: The standard deviation of the language model's embedding table.
         generator: A CPU generator; the only source of the initial weights.
+        options: Of the projector itself.
 
     Raises:
         UnknownNameError: no projector has this name.
+        ConfigError: it does not take these options.
     """
     if name not in PROJECTORS:
         raise UnknownNameError("projector", name, PROJECTORS)
-    return PROJECTORS[name](inputs, outputs, embedding_std, generator)
+    make = PROJECTORS[name]
+    known = inspect.signature(make).parameters
+    for option in options:
+        if option not in known:
+            raise UnknownNameError(f"option of projector {name!r}", option, list(known)[4:])
+    return make(inputs, outputs, embedding_std, generator, **options)
 
 
 def create_pool(name: str, **options: Any) -> Pool:

@@ -4,9 +4,26 @@ One file per medium. A new medium subclasses `MediaPart`; nothing outside its fi
 its formats.
 """
 
+from plait.modalities.audio import Audio, AudioHeader, AudioRequest
 from plait.modalities.image import Image, ImageHeader
 from plait.modalities.limits import Limits
 from plait.modalities.part import MediaHeader, MediaPart, Part
 from plait.modalities.text import Text
+from plait.modalities.video import Frames, FrameSampling, Video, VideoHeader
 
-__all__ = ["Image", "ImageHeader", "Limits", "MediaHeader", "MediaPart", "Part", "Text"]
+__all__ = [
+    "Audio",
+    "AudioHeader",
+    "AudioRequest",
+    "FrameSampling",
+    "Frames",
+    "Image",
+    "ImageHeader",
+    "Limits",
+    "MediaHeader",
+    "MediaPart",
+    "Part",
+    "Text",
+    "Video",
+    "VideoHeader",
+]

@@ -112,7 +112,7 @@ class Image(MediaPart):
         with self._opened(limits) as (_, header, _):
             return header
 
-    def decode(self, limits: Limits = Limits()) -> NDArray[np.uint8]:  # noqa: B008  (frozen)
+    def load(self, limits: Limits, wanted: None = None) -> NDArray[np.uint8]:  # noqa: ARG002
         """The picture as uint8 (H, W, 3); H and W are the header's. Films give their first frame.
 
         Raises:

@@ -3,8 +3,6 @@
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from numpy.typing import NDArray
-
 from plait.modalities.limits import Limits
 from plait.modalities.text import Text
 
@@ -34,7 +32,7 @@ class MediaPart(ABC):
     __slots__ = ()
 
     medium: ClassVar[str]
-    """The name by which encoders say what they read: "image"."""
+    """The name by which encoders say what they read: "image", "audio" or "video"."""
 
     @property
     @abstractmethod
@@ -46,8 +44,27 @@ class MediaPart(ABC):
         """Read the header alone, and refuse what is over the limits."""
 
     @abstractmethod
-    def decode(self, limits: Limits = ...) -> NDArray[Any]:
-        """The canonical array of this medium."""
+    def load(self, limits: Limits, wanted: Any = None) -> Any:
+        """What decoding needs of the file: the half that may run in a process of its own.
+
+        Args:
+            wanted: What an encoder asks for, of this medium's own type; None is the whole.
+        """
+
+    def finish(self, loaded: Any, wanted: Any = None) -> Any:  # noqa: ARG002
+        """The canonical form, made in the caller's process of what `load` brought."""
+        return loaded
+
+    def decode(self, limits: Limits = Limits(), wanted: Any = None) -> Any:  # noqa: B008
+        """The canonical form of this medium: `load`, then `finish`."""
+        return self.finish(self.load(limits, wanted), wanted)
+
+    def soundtrack(self, header: MediaHeader) -> "tuple[MediaPart | None, bool]":  # noqa: ARG002
+        """The sound that is read beside this part, where it has one and the sample asks for it.
+
+        The second value says whether it stands second by second between the part's own positions.
+        """
+        return None, False
 
     @abstractmethod
     def digest(self) -> str:

@@ -30,6 +30,9 @@ _HOMES = {
     "Sample": "plait.stream",
     "Text": "plait.modalities",
     "Image": "plait.modalities",
+    "Audio": "plait.modalities",
+    "Video": "plait.modalities",
+    "FrameSampling": "plait.modalities",
     "PlaitError": "plait.errors",
     "EncoderSpec": "plait.trainer.spec",
     "LoraSpec": "plait.trainer.spec",
@@ -53,8 +56,11 @@ if TYPE_CHECKING:
     from plait.client import ServiceClient as ServiceClient
     from plait.client import TrainingClient as TrainingClient
     from plait.errors import PlaitError as PlaitError
+    from plait.modalities import Audio as Audio
+    from plait.modalities import FrameSampling as FrameSampling
     from plait.modalities import Image as Image
     from plait.modalities import Text as Text
+    from plait.modalities import Video as Video
     from plait.stream import Message as Message
     from plait.stream import Sample as Sample
     from plait.trainer.spec import EncoderSpec as EncoderSpec

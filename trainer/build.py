@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from plait.encoders import projectors, registry, weights
 from plait.encoders.layouts.plain import PlainLayout
@@ -19,8 +18,8 @@ from plait.modalities import Limits
 from plait.stream import Layout
 from plait.trainer import attention, checks
 from plait.trainer.lora import add_lora
-from plait.trainer.model import PlaitModel, part_of
-from plait.trainer.spec import EncoderSpec, ModelSpec
+from plait.trainer.model import PlaitModel
+from plait.trainer.spec import TOWER_PARTS, EncoderSpec, ModelSpec
 
 
 @dataclass(slots=True)
@@ -93,7 +92,9 @@ def build(
     hashes = {"language": file_hash(folder), "template": text_hash(tokenizer.chat_template or "")}
     for encoder in media.values():
         hashes[f"encoder:{encoder.name}"] = encoder.fingerprint()
-    built = Built(spec, model, tokenizer, PlainLayout(media), lora, hashes, seed, limits)
+    stamped = [media[medium].name for medium, e in spec.encoders.items() if e.timestamps]
+    layout = PlainLayout(media, timestamped=stamped)
+    built = Built(spec, model, tokenizer, layout, lora, hashes, seed, limits)
     checks.check_language(built)
     checks.check_packing(built)
     return built
@@ -164,16 +165,18 @@ def _media_encoder(
         options["weights"] = str(weights.resolve(spec.weights))
     encoder = registry.create(spec.name, **options)
     embedding = language.get_input_embeddings().weight
+    pool = projectors.KeepGrid() if spec.grid is None else projectors.GridPool(*spec.grid)
     projector = projectors.create_projector(
         spec.projector,
-        encoder.width,
+        pool.width(encoder.width),
         embedding.shape[1],
         embedding_std=float(embedding.detach().float().std()),
         generator=generator,
+        **spec.projector_options,
     )
-    pool = projectors.KeepGrid() if spec.grid is None else projectors.GridPool(*spec.grid)
     projector.requires_grad_("projector" in model.train)
-    return MediaEncoder(encoder, pool, projector, "vision" in model.train, limits)
+    trains = TOWER_PARTS[encoder.medium] in model.train
+    return MediaEncoder(encoder, pool, projector, trains, limits)
 
 
 def _check_media(media: dict[str, MediaEncoder]) -> None:
@@ -185,11 +188,11 @@ def _check_media(media: dict[str, MediaEncoder]) -> None:
             )
 
 
-def parameter_counts(model: nn.Module) -> dict[str, dict[str, int]]:
+def parameter_counts(model: PlaitModel) -> dict[str, dict[str, int]]:
     """Trainable and frozen parameters of each part."""
     counts: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
-        part = counts.setdefault(part_of(name), {"trainable": 0, "frozen": 0})
+        part = counts.setdefault(model.part_of(name), {"trainable": 0, "frozen": 0})
         part["trainable" if parameter.requires_grad else "frozen"] += parameter.numel()
     return counts
 

@@ -35,14 +35,18 @@ class ItemLoader:
         return self.decode(item)
 
     def decode(self, item: Item) -> ItemInputs:
-        pixels = item.part.decode(self.limits)
-        if item.view:
-            pixels = self.views.apply(pixels, item.part.digest(), item.view)
-        return ItemInputs(inputs=self.encoders[item.plan.encoder].encoder.process(pixels))
+        media = item.part.decode(self.limits, item.plan.wanted)
+        if self._view(item):
+            media = self.views.apply(media, item.part.digest(), item.view)
+        return ItemInputs(inputs=self.encoders[item.plan.encoder].encoder.process(media))
+
+    def _view(self, item: Item) -> int:
+        """Only pictures have views; a sound or a film is always as it is."""
+        return item.view if item.part.medium == "image" else 0
 
     def key(self, item: Item) -> str:
         """Of the item's file, its view and its encoder, in that encoder's cache."""
-        view = f"{self.views.name}:{item.view}" if item.view else "as it is"
+        view = f"{self.views.name}:{item.view}" if self._view(item) else "as it is"
         return self.caches[item.plan.encoder].key(item.part.digest(), view)
 
     def keep(self, items: Sequence[Item], inputs: Sequence[ItemInputs]) -> None:

@@ -19,6 +19,7 @@ from plait.kernels.interval_attention import Intervals
 from plait.kernels.token_logprobs import token_logprobs
 from plait.stream import TokenStream
 from plait.trainer.losses import loss_named
+from plait.trainer.spec import TOWER_PARTS
 
 
 @dataclass(slots=True)
@@ -197,14 +198,17 @@ class PlaitModel(nn.Module):
         """(part, name, parameter) of all that trains, in a stable order."""
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                yield part_of(name), name, parameter
+                yield self.part_of(name), name, parameter
 
-
-def part_of(name: str) -> str:
-    """The part ("language", "projector", "vision") that a parameter's name belongs to."""
-    if name.startswith("language."):
-        return "language"
-    return "projector" if ".projector." in name else "vision"
+    def part_of(self, name: str) -> str:
+        """The part ("language", "projector", "vision", ...) that a parameter's name belongs to."""
+        owner, rest = name.split(".", 1)
+        if owner == "language":
+            return "language"
+        encoder, inner = rest.split(".", 1)
+        if inner.startswith("projector."):
+            return "projector"
+        return TOWER_PARTS[self.media_encoder(encoder).encoder.medium]
 
 
 def _deeper_layers(

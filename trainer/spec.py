@@ -7,7 +7,10 @@ from typing import Any, Literal
 from plait.errors import ConfigError, UnknownNameError
 from plait.ranges import ADAMW, check_number
 
-PARTS = ("language", "projector", "vision")
+TOWER_PARTS = {"image": "vision", "audio": "audio", "video": "video"}
+"""The part that the tower of each medium belongs to."""
+
+PARTS = ("language", "projector", "vision", "audio", "video")
 """The parts whose training can be switched on by name."""
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -50,7 +53,13 @@ class EncoderSpec:
     """Pool each picture's features to this (height, width) in positions; None keeps them all."""
 
     projector: str = "mlp"
-    """"linear" or "mlp"."""
+    """One of `plait.encoders.projectors.PROJECTORS`."""
+
+    projector_options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the projector: how many frames it stacks, for example."""
+
+    timestamps: bool = False
+    """Write the time before each time row of a film, "1.5s:", for the language model to read."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the encoder itself."""
@@ -73,7 +82,7 @@ class ModelSpec:
     """The adapter that trains as part `language`; None trains the whole language model."""
 
     train: tuple[str, ...] = ("language", "projector")
-    """The parts that train: of "language", "projector", "vision"."""
+    """The parts that train: of "language", "projector", "vision", "audio", "video"."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of frozen weights and activations; what trains is kept in float32."""

@@ -11,7 +11,7 @@ import numpy as np
 from plait.encoders.media_encoder import MediaEncoder
 from plait.errors import ModelError, Origin, RenderError
 from plait.modalities import MediaPart
-from plait.stream import IntArray, ItemPlan, Span
+from plait.stream import Fill, IntArray, ItemPlan, Span
 
 
 class Qwen3VLLayout:
@@ -34,7 +34,7 @@ class Qwen3VLLayout:
             }
         )
 
-    def plan(self, part: MediaPart, origin: Origin) -> ItemPlan:
+    def plan(self, part: MediaPart, origin: Origin) -> Sequence[tuple[MediaPart, ItemPlan]]:
         """
         Raises:
             RenderError: the part is not a picture.
@@ -45,10 +45,10 @@ class Qwen3VLLayout:
                 f"Qwen3-VL is used with pictures here; this sample has {part.medium}; remove it",
                 origin,
             )
-        return self.encoder.plan(part, origin)
+        return [(part, self.encoder.plan(part, origin))]
 
-    def pieces(self, plan: ItemPlan) -> Sequence[str | int]:
-        return ["<|vision_start|>", plan.length, "<|vision_end|>"]
+    def pieces(self, plans: Sequence[ItemPlan]) -> Sequence[str | Fill]:
+        return ["<|vision_start|>", Fill(plans[0].length), "<|vision_end|>"]
 
     def positions(
         self, token_ids: IntArray, spans: Sequence[Span], plans: Sequence[ItemPlan]

@@ -48,12 +48,17 @@ class Client(Ready):
         document = document_from(
             [piece_of(chunk) for chunk in model_input.chunks],
             self._built.layout,
+            self._encode,
             None if targets is None else targets.tolist(),
             length_known if weights is None else weights.tolist(),
             vocabulary=self._vocabulary,
         )
         check_expected(model_input, document, self._built.limits)
         return document
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._built.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
 
     def close(self) -> None:
         """Finish what is queued and release the engine, as the end of a `with` block does.

@@ -6,9 +6,9 @@ A `Document` is planned from headers alone: it knows how many positions each pic
 its pixels. `pack` joins documents, and the loaded inputs of their items, into one row.
 """
 
-from plait.stream.layout import Layout
+from plait.stream.layout import Fill, Layout
 from plait.stream.packing import check_placeholders, pack
-from plait.stream.rendering import render
+from plait.stream.rendering import Tokenize, render, write_media
 from plait.stream.samples import Message, Sample
 from plait.stream.types import (
     Document,
@@ -25,6 +25,7 @@ from plait.stream.types import (
 __all__ = [
     "Document",
     "Encoded",
+    "Fill",
     "IntArray",
     "Item",
     "ItemInputs",
@@ -35,7 +36,9 @@ __all__ = [
     "Sample",
     "Span",
     "TokenStream",
+    "Tokenize",
     "check_placeholders",
     "pack",
     "render",
+    "write_media",
 ]

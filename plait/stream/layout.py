@@ -1,11 +1,20 @@
 """What a model family must say so that media can be written into its row."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from plait.errors import Origin
 from plait.modalities import MediaPart
 from plait.stream.types import IntArray, ItemPlan, Span
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """`length` positions for the next features of item `item`, of those planned together."""
+
+    length: int
+    item: int = 0
 
 
 @runtime_checkable
@@ -18,11 +27,14 @@ class Layout(Protocol):
     banned_ids: frozenset[int]
     """Token ids that must never be generated."""
 
-    def plan(self, part: MediaPart, origin: Origin) -> ItemPlan:
-        """What the part will take, read from its header alone."""
+    def plan(self, part: MediaPart, origin: Origin) -> Sequence[tuple[MediaPart, ItemPlan]]:
+        """What the part will take, read from its header alone: a film with its sound is two items.
 
-    def pieces(self, plan: ItemPlan) -> Sequence[str | int]:
-        """Texts and numbers of media positions, in order: `["<img>", 9, "</img>"]`."""
+        The first is the part itself; what follows is read beside it.
+        """
+
+    def pieces(self, plans: Sequence[ItemPlan]) -> Sequence[str | Fill]:
+        """Texts and media positions of one part, in order: `["<img>", Fill(9), "</img>"]`."""
 
     def positions(self, token_ids: IntArray, spans: Sequence[Span], plans: Sequence[ItemPlan]
                   ) -> IntArray:  # fmt: skip

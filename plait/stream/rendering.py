@@ -1,16 +1,57 @@
 """The one way from a sample to stream positions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from plait.errors import RenderError
+from plait.errors import Origin, RenderError
+from plait.modalities import MediaPart
 from plait.stream.layout import Layout
 from plait.stream.samples import Sample
 from plait.stream.template import written_pieces
 from plait.stream.types import Document, Item, Span
+
+
+class Tokenize(Protocol):
+    """From text to token ids."""
+
+    def __call__(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenMedia:
+    """One part written into positions: its items, their spans and every token, from 0."""
+
+    token_ids: list[int]
+    spans: list[Span]
+    items: list[Item]
+
+    def spans_from(self, start: int, number: int) -> list[Span]:
+        """The spans in a row where position `start` and item `number` come next."""
+        return [
+            replace(
+                span,
+                start=span.start + start,
+                item=span.item + number,
+                group=None if span.group is None else span.group + number,
+            )
+            for span in self.spans
+        ]
+
+    def items_from(self, number: int) -> list[Item]:
+        """The items in a row where item `number` comes next."""
+        return [
+            replace(item, track_of=None if item.track_of is None else item.track_of + number)
+            for item in self.items
+        ]
+
+    def bare(self) -> "WrittenMedia":
+        """Without the texts before the first feature and after the last one."""
+        start, stop = self.spans[0].start, max(span.stop for span in self.spans)
+        spans = [replace(span, start=span.start - start) for span in self.spans]
+        return WrittenMedia(self.token_ids[start:stop], spans, self.items)
 
 
 @dataclass(slots=True)
@@ -26,28 +67,48 @@ class _Row:
         self.token_ids += ids
         self.weights += [weight] * len(ids)
 
-    def add_item(self, item: Item, layout: Layout, encode: "_Tokenize") -> None:
-        number, offset = len(self.items), 0
-        group = number if item.plan.bidirectional else None
-        for piece in layout.pieces(item.plan):
-            if isinstance(piece, str):
-                self.add_text(encode(piece), 0.0)
-                continue
-            start = len(self.token_ids)
-            self.spans.append(Span(start, piece, item.plan.encoder, number, offset, group))
-            self.add_text([layout.placeholder_id] * piece, 0.0)
-            offset += piece
-        if offset != item.plan.length:
+    def add_media(self, media: WrittenMedia) -> None:
+        """Write a part's placeholders, and the texts around and between them."""
+        self.spans += media.spans_from(len(self.token_ids), len(self.items))
+        self.items += media.items_from(len(self.items))
+        self.add_text(media.token_ids, 0.0)
+
+
+def write_media(
+    part: MediaPart, layout: Layout, encode: Tokenize, origin: Origin, view: int = 0
+) -> WrittenMedia:
+    """The positions of one part: a picture, a sound, or a film with its timestamps and sound.
+
+    Raises:
+        DataError: the part cannot be read.
+        RenderError: the layout does not place every feature.
+    """
+    planned = layout.plan(part, origin)
+    token_ids: list[int] = []
+    spans: list[Span] = []
+    placed = [0] * len(planned)
+    for piece in layout.pieces([plan for _, plan in planned]):
+        if isinstance(piece, str):
+            token_ids += encode(piece)
+            continue
+        plan = planned[piece.item][1]
+        group = piece.item if plan.bidirectional else None
+        start, offset = len(token_ids), placed[piece.item]
+        spans.append(Span(start, piece.length, plan.encoder, piece.item, offset, group))
+        token_ids += [layout.placeholder_id] * piece.length
+        placed[piece.item] += piece.length
+    for (_, plan), count in zip(planned, placed, strict=True):
+        if count != plan.length:
             raise RenderError(
-                f"a layout must place every feature of an item: {item.plan.length} were planned, "
-                f"{offset} placed; mend the layout's pieces()",
-                item.origin,
+                f"a layout must place every feature of an item: {plan.length} were planned, "
+                f"{count} placed; mend the layout's pieces()",
+                origin,
             )
-        self.items.append(item)
-
-
-class _Tokenize(Protocol):
-    def __call__(self, text: str) -> list[int]: ...
+    items = [
+        Item(held, plan, view, origin, track_of=0 if number else None)
+        for number, (held, plan) in enumerate(planned)
+    ]
+    return WrittenMedia(token_ids, spans, items)
 
 
 def render(
@@ -80,8 +141,7 @@ def render(
     row = _Row()
     for piece in written_pieces(sample, tokenizer, for_generation):
         if piece.part is not None:
-            plan = layout.plan(piece.part, sample.origin)
-            row.add_item(Item(piece.part, plan, sample.view, sample.origin), layout, encode)
+            row.add_media(write_media(piece.part, layout, encode, sample.origin, sample.view))
         else:
             ids = encode(piece.text)
             row.add_text(ids, piece.weight)

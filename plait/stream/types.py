@@ -25,23 +25,32 @@ class ItemPlan:
     """What an encoder promises for one item, from header facts alone.
 
     `grid` is (time, height, width) in positions; `bidirectional` says that the positions of the
-    item see one another in both directions.
+    item see one another in both directions. `seconds` is when each time row of the grid begins,
+    for media that have time, and `wanted` what decoding is asked for. `interleaved` marks a
+    soundtrack whose positions stand between the frames of its film.
     """
 
     encoder: str
     length: int
     grid: tuple[int, int, int]
     bidirectional: bool = False
+    seconds: tuple[float, ...] = ()
+    wanted: Any = None
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One media item of a document: the part, what was promised for it, and its view."""
+    """One media item of a document: the part, what was promised for it, and its view.
+
+    `track_of` is the number of the film whose soundtrack this item is.
+    """
 
     part: MediaPart
     plan: ItemPlan
     view: int = 0
     origin: Origin = field(default_factory=Origin)
+    track_of: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from plait.encoders.base import Encoder, Grid, Inputs
+from plait.encoders.base import Encoder, Grid, Inputs, Shape
 from plait.encoders.media_encoder import MediaEncoder
 from plait.encoders.projectors import create_pool, create_projector
 from plait.errors import ConfigError, DataError, ModelError, Origin, UnknownNameError
@@ -134,21 +134,21 @@ def test_the_grid_pool_pools_frames_and_layers() -> None:
     expected = rows.view(2, 2, 2, 3, 2, 5).mean(dim=(2, 4)).view(-1, 5)
     torch.testing.assert_close(made.embeddings, expected)
     torch.testing.assert_close(made.layers[0], expected * 2)
-    assert made.grid == pool.plan((2, 4, 6)) == (2, 2, 3) and made.seconds == (0.0, 0.5)
+    assert made.grid == pool.plan(Shape((2, 4, 6))).grid == (2, 2, 3) and made.seconds == (0.0, 0.5)
 
 
 @pytest.mark.parametrize("grid", [(1, 7, 7), (1, 1, 1), (3, 2, 5)])
 def test_the_grid_pool_keeps_its_plan(grid: tuple[int, int, int]) -> None:
     pool = create_pool("grid", height=3, width=3)
     made = pool(Encoded(torch.randn(grid[0] * grid[1] * grid[2], 4), grid=grid))
-    assert made.grid == pool.plan(grid) and len(made.embeddings) == grid[0] * 9
+    assert made.grid == pool.plan(Shape(grid)).grid and len(made.embeddings) == grid[0] * 9
 
 
 @pytest.mark.parametrize("name", ["mlp", "linear"])
 def test_projectors_start_with_the_embeddings_spread(name: str) -> None:
     generator = torch.Generator().manual_seed(3)
     projector = create_projector(name, 320, 192, embedding_std=0.05, generator=generator)
-    out = projector(torch.randn(400, 320, generator=generator))
+    out = projector(torch.randn(400, 320, generator=generator), [])
     assert out.shape == (400, 192)
     assert out.std().item() == pytest.approx(0.05, rel=0.1)
     again = create_projector(

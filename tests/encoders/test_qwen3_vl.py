@@ -13,7 +13,7 @@ from plait.encoders.projectors import create_pool, create_projector
 from plait.encoders.qwen3_vl.encoder import Qwen3VLVision
 from plait.errors import MediaError, ModelError, Origin
 from plait.modalities import Image
-from plait.stream import ItemPlan, Layout, Span
+from plait.stream import Fill, ItemPlan, Layout, Span
 
 SHAPES = [(40, 70), (64, 64), (100, 30)]
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
@@ -127,8 +127,8 @@ def test_positions_equal_transformers(
 def test_pieces_and_banned_ids(model: Any, encoder: MediaEncoder, make_picture: Any) -> None:
     layout = Qwen3VLLayout(encoder, model.config)
     assert isinstance(layout, Layout)
-    plan = layout.plan(Image(make_picture(40, 70)), Origin())
-    assert layout.pieces(plan) == ["<|vision_start|>", plan.length, "<|vision_end|>"]
+    ((_, plan),) = layout.plan(Image(make_picture(40, 70)), Origin())
+    assert layout.pieces([plan]) == ["<|vision_start|>", Fill(plan.length), "<|vision_end|>"]
     assert layout.placeholder_id == IMAGE
     assert layout.banned_ids == {IMAGE, VIDEO, START, END}
     wrong = [Span(0, 3, "qwen3_vl", 0)]

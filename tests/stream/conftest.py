@@ -12,7 +12,7 @@ import pytest
 from plait.encoders.layouts.qwen3_vl import Qwen3VLLayout
 from plait.errors import Origin
 from plait.modalities import Image, MediaPart
-from plait.stream import IntArray, ItemPlan, Span
+from plait.stream import Fill, IntArray, ItemPlan, Span
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
@@ -58,17 +58,18 @@ class Grids:
     bidirectional: bool = False
     by_row: bool = False
 
-    def plan(self, part: MediaPart, origin: Origin) -> ItemPlan:
+    def plan(self, part: MediaPart, origin: Origin) -> Sequence[tuple[MediaPart, ItemPlan]]:
         del origin
         assert isinstance(part, Image)
         header = part.header()
         grid = (1, header.height // 8, header.width // 8)
-        return ItemPlan("grids", int(np.prod(grid)), grid, self.bidirectional)
+        return [(part, ItemPlan("grids", int(np.prod(grid)), grid, self.bidirectional))]
 
-    def pieces(self, plan: ItemPlan) -> Sequence[str | int]:
+    def pieces(self, plans: Sequence[ItemPlan]) -> Sequence[str | Fill]:
+        (plan,) = plans
         if not self.by_row:
-            return ["[", plan.length, "]"]
-        return [piece for _ in range(plan.grid[1]) for piece in (plan.grid[2], "\n")]
+            return ["[", Fill(plan.length), "]"]
+        return [piece for _ in range(plan.grid[1]) for piece in (Fill(plan.grid[2]), "\n")]
 
     def positions(
         self, token_ids: IntArray, spans: Sequence[Span], plans: Sequence[ItemPlan]
@@ -97,7 +98,7 @@ def qwen_layout(tokenizer: Any) -> Qwen3VLLayout:
     )
     planner: Any = SimpleNamespace(
         encoder=SimpleNamespace(medium="image"),
-        plan=lambda part, origin: Grids().plan(part, origin),
+        plan=lambda part, origin: Grids().plan(part, origin)[0][1],
     )
     return Qwen3VLLayout(planner, config)
 

@@ -8,7 +8,7 @@ import pytest
 
 from plait.errors import Origin, RenderError
 from plait.modalities import Text
-from plait.stream import Document, Message, Sample, check_placeholders, render
+from plait.stream import Document, Fill, Message, Sample, check_placeholders, render
 
 NAMES = ["chatml", "system", "marked", "tiny"]
 ORIGIN = Origin("pets", 7, "cat.png")
@@ -135,7 +135,7 @@ def test_an_item_of_several_spans_counts_its_features_on(
 def test_a_layout_that_forgets_features_is_refused(
     tokenizer: Any, grids: Any, make_picture: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grids, "pieces", lambda *_: ["<", 1, ">"])
+    monkeypatch.setattr(grids, "pieces", lambda *_: ["<", Fill(1), ">"])
     sample = Sample((say("user", make_picture(2, 2)), say("assistant", "a")), origin=ORIGIN)
     with pytest.raises(RenderError, match=r"4 were planned, 1 placed.*pets, row 7"):
         render(sample, tokenizer, grids())

@@ -89,7 +89,8 @@ class Executor:
     def _load_item(self, item: Item) -> ItemInputs:
         encoder = self.model.media_encoder(item.plan.encoder).encoder
         try:
-            return ItemInputs(inputs=encoder.process(item.part.decode(self.built.limits)))
+            media = item.part.decode(self.built.limits, item.plan.wanted)
+            return ItemInputs(inputs=encoder.process(media))
         except DataError as error:
             raise error.at(item.origin) from error
 

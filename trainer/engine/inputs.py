@@ -7,7 +7,7 @@ import numpy as np
 
 from plait.errors import DataError, Origin
 from plait.modalities import MediaPart
-from plait.stream import Document, Item, Layout, Span
+from plait.stream import Document, Item, Layout, Span, Tokenize, write_media
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ Piece = Sequence[int] | Media
 def document_from(
     pieces: Sequence[Piece],
     layout: Layout,
+    encode: Tokenize,
     targets: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
     *,
@@ -35,6 +36,7 @@ def document_from(
 
     Args:
         targets, weights: One value per position; without targets nothing is learned.
+        encode: From text to token ids, for what a layout writes inside a film.
         vocabulary: Token ids are below it.
 
     Raises:
@@ -51,11 +53,10 @@ def document_from(
             _check_known("a token id", piece, vocabulary, origin)
             ids += [int(token) for token in piece]
             continue
-        plan = layout.plan(piece.part, piece.origin)
-        group = len(items) if plan.bidirectional else None
-        spans.append(Span(len(ids), plan.length, plan.encoder, len(items), 0, group))
-        items.append(Item(piece.part, plan, 0, piece.origin))
-        ids += [layout.placeholder_id] * plan.length
+        media = write_media(piece.part, layout, encode, piece.origin).bare()
+        spans += media.spans_from(len(ids), len(items))
+        items += media.items_from(len(items))
+        ids += media.token_ids
     length = len(ids)
     token_ids = np.array(ids, dtype=np.int64)
     wanted = _sized("target_tokens", targets, length, 0, origin)
@@ -110,15 +111,29 @@ def _check(document: Document) -> None:
 
 
 def pieces_of(document: Document) -> Iterator[tuple[list[int] | Media, int]]:
-    """The token runs and media of a document, in order, each with its number of positions."""
+    """The token runs and media of a document, in order, each with its number of positions.
+
+    A film is one piece, with the times between its frames and its sound.
+    """
     at = 0
-    for span in document.spans:
-        if span.start > at:
-            run = document.token_ids[at : span.start].tolist()
+    for item, start, stop in _extents(document):
+        if start > at:
+            run = document.token_ids[at:start].tolist()
             yield run, len(run)
-        item = document.items[span.item]
-        yield Media(item.part, item.origin), span.length
-        at = span.stop
+        yield Media(item.part, item.origin), stop - start
+        at = stop
     if at < document.length:
         run = document.token_ids[at:].tolist()
         yield run, len(run)
+
+
+def _extents(document: Document) -> Iterator[tuple[Item, int, int]]:
+    """Each part of a document with its first position and one past its last, in order."""
+    extents: dict[int, tuple[int, int]] = {}
+    for span in document.spans:
+        track_of = document.items[span.item].track_of
+        number = span.item if track_of is None else track_of
+        start, stop = extents.get(number, (span.start, span.stop))
+        extents[number] = min(start, span.start), max(stop, span.stop)
+    for number, (start, stop) in sorted(extents.items(), key=lambda extent: extent[1]):
+        yield document.items[number], start, stop
