@@ -2,16 +2,18 @@
 
 The split is a function of the rows alone: no seed, the same on every machine. A row's place is
 the SHA-256 of its id (for a folder of pictures, its relative path), so that adding rows moves few
-others. Rows that show nearly the same picture stay on one side.
+others. Rows that show nearly the same picture stay on one side, and so do, where asked, rows with
+the same answer or label.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from plait.datasets.likeness import Progress, group_rows
-from plait.errors import ConfigError, DataError
-from plait.modalities import Limits
+from plait.datasets.likeness import Progress, group_rows, joined
+from plait.errors import ConfigError, DataError, UnknownNameError
+from plait.modalities import Limits, Text
 from plait.stream import Sample
 
 
@@ -29,6 +31,10 @@ class SplitOptions:
     validation: int = 0
     """Rows of the rest for choosing when to stop; near-duplicates of them are added."""
 
+    by: Literal["id", "answer", "label"] = "id"
+    """What is hashed, and stays on one side where it is equal: "answer" is what the assistant
+    says, upper case, spaces and punctuation apart, so that no answer of test was trained on."""
+
     near_duplicate_bits: int | None = 12
     """How many of 256 bits of the picture hash may differ between near-duplicates. On the 785
     Tux Paint stamps 12 makes 8 groups, each the same drawing with a detail or a colour changed; 16
@@ -38,6 +44,8 @@ class SplitOptions:
         for name in ("test", "validation"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"split.{name} must be 0 or more; it is {getattr(self, name)}")
+        if self.by not in KEYS:
+            raise UnknownNameError("split.by", self.by, KEYS)
         bits = self.near_duplicate_bits
         if bits is not None and not 0 <= bits <= 256:
             raise ConfigError(f"split.near_duplicate_bits must be 0 to 256; it is {bits}")
@@ -47,8 +55,9 @@ class SplitOptions:
 class Splits:
     """Row numbers, ascending; each row is in exactly one list.
 
-    `moved` counts the rows that joined test or validation only as near-duplicates. `notes` are
-    sentences for the user.
+    `moved` counts the rows that joined test or validation only with their group: near-duplicates,
+    and rows with the same answer or label where the split goes by these. `notes` are sentences
+    for the user.
     """
 
     train: list[int]
@@ -65,10 +74,10 @@ def split(
     limits: Limits = Limits(),  # noqa: B008  (frozen)
     progress: Progress | None = None,
 ) -> Splits:
-    """Split by the hash of ids, near-duplicate groups whole.
+    """Split by the hash of ids (or of answers or labels), groups whole.
 
-    Test is the `test` rows with the smallest SHA-256 of `Sample.id` and every row of their
-    groups; validation the same among the rest. Where the two would be more than half of the
+    Test is the `test` rows with the smallest SHA-256 of what `options.by` names and every row of
+    their groups; validation the same among the rest. Where the two would be more than half of the
     rows, both shrink in proportion. A row that cannot be read trains, so that the loader's policy
     on broken rows meets it; a picture that cannot be read is like no other.
 
@@ -85,9 +94,12 @@ def split(
         groups, broken = group_rows(read, options.near_duplicate_bits, limits, progress)
         if broken:
             notes.append(f"{broken} pictures cannot be decoded and were compared with none")
+    keys = [None if sample is None else KEYS[options.by](sample) for sample in read]
+    if options.by != "id":
+        groups = _joined_by(keys, groups)
     if unread := read.count(None):
         notes.append(f"{unread} rows cannot be read and were left in train")
-    order = _by_hash(read)
+    order = _by_hash(keys)
     for_test = _whole_groups(order[:test], groups)
     rest = [row for row in order if row not in for_test]
     for_validation = _whole_groups(rest[:validation], groups)
@@ -95,8 +107,9 @@ def split(
     train = [row for row in range(len(read)) if row not in held]
     if read and not train:
         raise DataError(
-            "a split must leave rows to train on; near-duplicates of the held-out rows took all "
-            f"{len(read)}; lower split.near_duplicate_bits, test or validation"
+            "a split must leave rows to train on; the held-out rows and what is grouped with them "
+            f"took all {len(read)}; lower split.near_duplicate_bits, test or validation, or set "
+            "split.by: id"
         )
     moved = len(held) - min(test, len(order)) - len(rest[:validation])
     return Splits(train, sorted(for_validation), sorted(for_test), moved, tuple(notes))
@@ -122,17 +135,41 @@ def _counts(rows: int, options: SplitOptions) -> tuple[int, int, list[str]]:
     return test, validation, [note]
 
 
-def _by_hash(samples: Sequence[Sample | None]) -> list[int]:
-    """The readable rows by the SHA-256 of their ids; equal ids in the order of rows."""
-    keys = {
-        row: hashlib.sha256(sample.id.encode()).digest()
-        for row, sample in enumerate(samples)
-        if sample is not None
+def _by_hash(keys: Sequence[str | None]) -> list[int]:
+    """The readable rows by the SHA-256 of their keys; equal keys in the order of rows."""
+    hashes = {
+        row: hashlib.sha256(key.encode()).digest()
+        for row, key in enumerate(keys)
+        if key is not None
     }
-    return sorted(keys, key=lambda row: (keys[row], row))
+    return sorted(hashes, key=lambda row: (hashes[row], row))
+
+
+def _joined_by(keys: Sequence[str | None], groups: Sequence[int]) -> list[int]:
+    """The groups, those that share a key made one; a group is named by its smallest row."""
+    first: dict[str, int] = {}
+    near = [(group, [row]) for row, group in enumerate(groups)]
+    near += [(first.setdefault(key, row), [row]) for row, key in enumerate(keys) if key is not None]
+    return joined(len(groups), near)
 
 
 def _whole_groups(rows: Sequence[int], groups: Sequence[int]) -> set[int]:
     """The rows and every other row of their groups."""
     wanted = {groups[row] for row in rows}
     return {row for row, group in enumerate(groups) if group in wanted}
+
+
+def _answer(sample: Sample) -> str:
+    """What is learned of a sample: letters and digits alone, if it has any."""
+    said = [m.parts for m in sample.messages if m.role == "assistant"] or [sample.parts]
+    text = " ".join(part.text for parts in said for part in parts if isinstance(part, Text))
+    words = "".join(sign if sign.isalnum() else " " for sign in text.casefold()).split()
+    return " ".join(words) or text or sample.id
+
+
+KEYS: dict[str, Callable[[Sample], str]] = {
+    "id": lambda sample: sample.id,
+    "answer": _answer,
+    "label": lambda sample: sample.label or sample.id,
+}
+"""What `split.by` may name, as a function of the row; a row that lacks it is split by its id."""

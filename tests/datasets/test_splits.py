@@ -15,7 +15,7 @@ from plait.datasets.likeness import group_rows, joined, near_rows, picture_hash
 from plait.datasets.records import open_records
 from plait.datasets.splits import SplitOptions, Splits, split
 from plait.errors import ConfigError, DataError
-from plait.modalities import Image, Limits
+from plait.modalities import Image, Limits, Text
 from plait.stream import Message, Sample
 
 
@@ -246,6 +246,58 @@ def test_progress_counts_every_picture_of_a_real_folder(tmp_path: Path) -> None:
     records = open_records(tmp_path)
     split(records, SplitOptions(test=2), progress=lambda done, count: seen.append((done, count)))
     assert seen == [(n, 12) for n in range(1, 13)], "each is hashed, then compared"
+
+
+def said(name: str, answer: str, label: str = "") -> Sample:
+    turns = (Message("user", (Text("what?"),)), Message("assistant", (Text(answer),)))
+    return Sample(messages=turns, id=name, label=label)
+
+
+def test_equal_answers_stay_on_one_side_where_asked() -> None:
+    answers = [f"Answer {n % 20}" + ("." if n >= 20 else "") for n in range(60)]
+    samples = [
+        said(f"{n}", answer.upper() if n >= 40 else answer) for n, answer in enumerate(answers)
+    ]
+    splits = split(samples, SplitOptions(by="answer", test=7, validation=7))
+    check_partition(splits, 60)
+    sides = [splits.train, splits.validation, splits.test]
+    assert [len(side) for side in sides] == [42, 9, 9], "each answer has three rows"
+    for n in range(20):
+        assert sum(any(row % 20 == n for row in side) for side in sides) == 1
+    hashes = {hashlib.sha256(f"answer {n}".encode()).hexdigest(): n for n in range(20)}
+    chosen = [hashes[key] for key in sorted(hashes)[:3]]
+    assert sorted({row % 20 for row in splits.test}) == sorted(chosen)
+    assert splits.moved == 4
+    by_id = split(samples, SplitOptions(test=7, validation=7))
+    assert by_id.test == sorted(by_hash(samples)[:7])
+
+
+def test_equal_labels_stay_on_one_side_and_rows_without_one_are_split_by_id() -> None:
+    samples = [said(f"{n}", f"{n}", label=f"class {n % 4}" if n < 20 else "") for n in range(40)]
+    splits = split(samples, SplitOptions(by="label", test=8, validation=5))
+    check_partition(splits, 40)
+    sides = [splits.train, splits.validation, splits.test]
+    for label in range(4):
+        assert sum(any(r < 20 and r % 4 == label for r in side) for side in sides) == 1
+    assert len({row for side in sides[:2] for row in side if row >= 20}) > 0
+
+
+def test_an_answer_and_a_picture_both_join_rows() -> None:
+    one, other = random_picture(1), random_picture(2)
+    rows = [("a", one, "x"), ("b", one, "y"), ("c", other, "y"), ("d", other, "z")]
+    samples = [
+        Sample(messages=(*sample(name, pixels).messages, *said("", answer).messages), id=name)
+        for name, pixels, answer in rows
+    ]
+    samples += [said(f"other {n}", f"other {n}") for n in range(20)]
+    splits = split(samples, SplitOptions(by="answer", test=8))
+    held = [row in splits.test for row in range(4)]
+    assert all(held) or not any(held)
+
+
+def test_an_unknown_way_to_split_offers_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'answer'"):
+        SplitOptions(by="answers")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
