@@ -142,6 +142,22 @@ class EvaluationConfig:
     captions: int = 12
     """Test rows whose greedy answers are written down."""
 
+    max_tokens: int = 24
+    """Of a greedy answer at most."""
+
+    word_error_rate: bool = False
+    """Compare the greedy answers to all test rows, word by word: for transcripts."""
+
+    without: bool = False
+    """Measure the nll again without each medium, text included."""
+
+    single_frame: bool = False
+    """Measure the nll again with one frame of each film."""
+
+    def __post_init__(self) -> None:
+        check_number("evaluation.captions", self.captions, "[0, inf)", whole=True)
+        check_number("evaluation.max_tokens", self.max_tokens, "[1, inf)", whole=True)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:

@@ -65,7 +65,14 @@ class Workbench:
     @cached_property
     def suite(self) -> Suite:
         built = self.built
-        return Suite(built.model, self.reader, built.tokenizer, built.layout, self.data.classes)
+        return Suite(
+            built.model,
+            self.reader,
+            built.tokenizer,
+            built.layout,
+            self.data.classes,
+            self.config.evaluation,
+        )
 
     @cached_property
     def policy(self) -> FailurePolicy:

@@ -9,15 +9,19 @@ from plait.trainer.evaluation.reader import Reader
 from plait.trainer.model import PlaitModel
 from plait.trainer.sampling.sampler import SamplerSettings, generate
 
-MAX_TOKENS = 24
 PROMPTS_AT_ONCE = 16
 
 
 def captions(
-    model: PlaitModel, reader: Reader, tokenizer: Any, layout: Layout, samples: Sequence[Sample]
+    model: PlaitModel,
+    reader: Reader,
+    tokenizer: Any,
+    layout: Layout,
+    samples: Sequence[Sample],
+    max_tokens: int,
 ) -> list[str]:
     """The model's greedy answer to each sample's prompt, as text."""
-    settings = SamplerSettings(max_tokens=MAX_TOKENS, temperature=0)
+    settings = SamplerSettings(max_tokens=max_tokens, temperature=0)
     texts: list[str] = []
     for some in reader.prompts([prompt_of(sample) for sample in samples], PROMPTS_AT_ONCE):
         documents, inputs = zip(*some, strict=True)
