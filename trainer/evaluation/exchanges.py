@@ -51,6 +51,13 @@ def answer_of(sample: Sample) -> str:
     return "".join(part.text for part in parts if isinstance(part, Text))
 
 
+def prompt_text(sample: Sample) -> str:
+    """What is written before the answer, without media and without system turns."""
+    turns = [message for message in sample.messages[:-1] if message.role != "system"]
+    texts = [part.text for turn in turns for part in turn.parts if isinstance(part, Text)]
+    return " ".join(" ".join(texts).split())
+
+
 def _derangement(labels: Sequence[str], rng: random.Random) -> list[int] | None:
     """A permutation that moves every entry to a place of another label."""
     order = list(range(len(labels)))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.trainer.reports.pages import write_page
+from plait.trainer.reports.showing import Shown
 
 TEXT = "text"
 
@@ -16,26 +17,26 @@ TEXT = "text"
 class PreviewToken:
     """One position.
 
-    `text` is what it stands for; `medium` is "text" or what fills it ("image"), and `item` the
-    number of that picture in the sample; `weight` is its share in the loss, 0 where nothing is
+    `text` is what it stands for; `medium` is "text" or what fills it ("image"), and `span` the
+    number of its span in the sample; `weight` is its share in the loss, 0 where nothing is
     learned; `group` numbers positions that see one another both ways.
     """
 
     text: str
     medium: str = TEXT
     weight: float = 0.0
-    item: int | None = None
+    span: int | None = None
     group: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PreviewSample:
-    """A rendered sample; `pictures` are data URIs, one for each media item."""
+    """A rendered sample; `spans` is what fills each of its media spans."""
 
     id: str
     title: str
     tokens: Sequence[PreviewToken]
-    pictures: Sequence[str] = ()
+    spans: Sequence[Shown] = ()
     note: str = ""
 
 
@@ -51,11 +52,11 @@ def write_preview(samples: Sequence[PreviewSample], path: Path) -> Path:
 def _view(sample: PreviewSample) -> dict[str, Any]:
     counts = Counter(token.medium for token in sample.tokens)
     runs = []
-    for (medium, item), tokens in groupby(sample.tokens, key=lambda t: (t.medium, t.item)):
-        if item is None:
+    for (medium, span), tokens in groupby(sample.tokens, key=lambda t: (t.medium, t.span)):
+        if span is None:
             runs.append({"medium": TEXT, "tokens": [_chip(token) for token in tokens]})
         else:
-            runs.append(_media_run(medium, list(tokens), sample.pictures[item]))
+            runs.append(_media_run(medium, list(tokens), sample.spans[span]))
     return {
         "id": sample.id,
         "title": sample.title,
@@ -80,14 +81,15 @@ def _chip(token: PreviewToken) -> dict[str, Any]:
     }
 
 
-def _media_run(medium: str, tokens: list[PreviewToken], picture: str) -> dict[str, Any]:
-    columns = max(1, round(len(tokens) ** 0.5))
+def _media_run(medium: str, tokens: list[PreviewToken], shown: Shown) -> dict[str, Any]:
+    # A sound is a row of positions, a picture a square of them.
+    columns = len(tokens) if medium == "audio" else max(1, round(len(tokens) ** 0.5))
     groups = {token.group for token in tokens}
     return {
         "medium": medium,
         "count": len(tokens),
-        "columns": min(columns, 16),
+        "columns": min(columns, 32 if medium == "audio" else 16),
         "cells": min(len(tokens), 256),
-        "picture": picture,
+        "shown": shown,
         "both_ways": groups != {None},
     }

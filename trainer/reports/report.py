@@ -9,7 +9,7 @@ from typing import Any
 
 from plait.errors import ConfigError
 from plait.trainer.reports.charts import Line, LineChart, Point, line_chart, smoothed
-from plait.trainer.reports.pages import number, percent, write_page
+from plait.trainer.reports.pages import DASH, number, percent, write_page
 
 Values = Mapping[str, Any]
 
@@ -40,9 +40,10 @@ def _view(
     return {
         "name": metrics.get("name", "run"),
         "pipeline": _pipeline(metrics.get("config") or {}),
-        "headlines": _headlines(before, test),
+        "headlines": _headlines(before, test, _medium(metrics)),
+        "medium": _medium(metrics),
         "chart": _loss_chart(losses, metrics.get("best_step")),
-        "rows": _rows(before, test),
+        "rows": _rows(before, test, _medium(metrics)),
         "cards": [_card(caption) for caption in captions],
         "judged": _judged(captions),
         "seconds": _bars({k: v for k, v in seconds.items() if k != "total"}),
@@ -114,36 +115,64 @@ def gap(scores: Values) -> float | None:
     return None if matched is None or shuffled is None else shuffled - matched
 
 
-def _headlines(before: Values, test: Values) -> list[Values]:
-    accuracy = before.get("class_accuracy"), test.get("class_accuracy")
+def _headlines(before: Values, test: Values, medium: str) -> list[Values]:
     matched = before.get("nll_matched"), test.get("nll_matched")
     return [
+        _first_headline(before, test),
         {
-            "title": "Class accuracy",
-            "before": percent(accuracy[0]),
-            "after": percent(accuracy[1]),
-            "about": "share of test pictures whose class the model finds most likely",
-        },
-        {
-            "title": "Loss with the right picture",
+            "title": f"Loss with the right {medium}",
             "before": number(matched[0], 2),
             "after": number(matched[1], 2),
-            "about": "nats per caption token; lower is better",
+            "about": "nats per token of the answer; lower is better",
         },
         {
-            "title": "What the picture is worth",
+            "title": f"What the {medium} is worth",
             "before": number(gap(before), 2),
             "after": number(gap(test), 2),
-            "about": "nats per token lost when the picture is of another class; higher is better",
+            "about": f"nats per token lost with another's {medium}; higher is better"
+            + _interval(test.get("shuffled_gap")),
         },
     ]
 
 
-def _rows(before: Values, test: Values) -> list[Values]:
+def _first_headline(before: Values, test: Values) -> Values:
+    """The measure that says most to a reader: words for transcripts, else classes."""
+    words = before.get("word_error_rate"), test.get("word_error_rate")
+    if words[1] is not None:
+        return {
+            "title": "Word error rate",
+            "before": percent(words[0]),
+            "after": percent(words[1]),
+            "about": "words wrong, missing or too many in the transcripts; lower is better",
+        }
+    accuracy = before.get("class_accuracy"), test.get("class_accuracy")
+    return {
+        "title": "Class accuracy",
+        "before": percent(accuracy[0]),
+        "after": percent(accuracy[1]),
+        "about": "share of test rows whose class the model finds most likely",
+    }
+
+
+def _interval(found: Values | None) -> str:
+    """The 95 % interval of a gap, in words."""
+    if not found:
+        return ""
+    return f" (95 % interval {found['low']:.2f} to {found['high']:.2f}, {found['count']} rows)"
+
+
+def _medium(metrics: Values) -> str:
+    """What the run's model reads besides text, in a word."""
+    encoders = ((metrics.get("config") or {}).get("model") or {}).get("encoders") or {}
+    words = {"image": "picture", "audio": "sound", "video": "film"}
+    return words.get(next(iter(encoders)), "media") if len(encoders) == 1 else "media"
+
+
+def _rows(before: Values, test: Values, medium: str) -> list[Values]:
     """The table of test metrics: the known ones by name, any further number after them."""
     rows = [
-        _row("nll per token, right picture", before, test, "nll_matched", number, lower=True),
-        _row("nll per token, wrong picture", before, test, "nll_shuffled", number),
+        _row(f"nll per token, right {medium}", before, test, "nll_matched", number, lower=True),
+        _row(f"nll per token, wrong {medium}", before, test, "nll_shuffled", number),
         {
             "title": "difference",
             "before": number(gap(before)),
@@ -151,10 +180,32 @@ def _rows(before: Values, test: Values) -> list[Values]:
             "better": _better(gap(before), gap(test), lower=False),
         },
         _row("class accuracy", before, test, "class_accuracy", percent, lower=False),
+        _row("word error rate", before, test, "word_error_rate", percent, lower=True),
     ]
-    known = {"nll_matched", "nll_shuffled", "class_accuracy", "count", "tokens"}
+    rows = [row for row in rows if {row["before"], row["after"]} != {DASH} or row is rows[0]]
+    rows += [
+        _gap_row(f"lost without {name}", (before.get("without") or {}).get(name), found)
+        for name, found in (test.get("without") or {}).items()
+    ]
+    if test.get("single_frame"):
+        rows.append(
+            _gap_row("lost with one frame", before.get("single_frame"), test["single_frame"])
+        )
+    known = {"nll_matched", "nll_shuffled", "class_accuracy", "word_error_rate"}
+    known |= {"count", "tokens"}
     others = [k for k, v in test.items() if k not in known and isinstance(v, int | float)]
     return rows + [_row(key.replace("_", " "), before, test, key, number) for key in others]
+
+
+def _gap_row(title: str, before: Values | None, after: Values) -> Values:
+    """By how many nats a token changed rows are worse, with the interval."""
+    old = before["difference"] if before else None
+    return {
+        "title": title,
+        "before": number(old),
+        "after": f"{after['difference']:.3f} ({after['low']:.2f} to {after['high']:.2f})",
+        "better": None if after["low"] <= 0 <= after["high"] else after["low"] > 0,
+    }
 
 
 def _row(
@@ -184,7 +235,8 @@ def _is_right(caption: Values, key: str) -> bool | None:
 
 def _card(caption: Values) -> Values:
     return {
-        **{key: caption.get(key) or "" for key in ("id", "picture", "reference")},
+        **{key: caption.get(key) or "" for key in ("id", "prompt", "reference")},
+        "media": caption.get("media") or [],
         "before": (caption.get("before") or "").strip() or "(nothing)",
         "after": (caption.get("after") or "").strip() or "(nothing)",
         "before_right": _is_right(caption, "before"),
@@ -219,7 +271,7 @@ def _parameters(parameters: Values) -> list[Values]:
 def _facts(metrics: Values) -> dict[str, Any]:
     test = metrics.get("test") or {}
     facts = {
-        "test pictures": test.get("count"),
+        "test rows": test.get("count"),
         "test tokens": test.get("tokens"),
         "seed": metrics.get("seed"),
         "threads": metrics.get("threads"),
