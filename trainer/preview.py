@@ -39,16 +39,16 @@ def _page_entry(
     weights = document.weights.tolist()
     # Position i predicts token i + 1, so a token's own weight is that of the position before it.
     learned = [0.0, *weights]
-    media = {}
+    media: dict[int, tuple[str, int | None, int | None]] = {}
     for number, span in enumerate(document.spans):
         facts = (document.items[span.item].part.medium, number, span.group)
         media.update(dict.fromkeys(range(span.start, span.stop), facts))
     ids = [*document.token_ids.tolist(), int(document.targets[-1])]
     tokens = []
     for position, token in enumerate(ids):
-        medium, number, group = media.get(position, (TEXT, None, None))
-        text = tokenizer.decode([token]) if number is None else ""
-        tokens.append(PreviewToken(text, medium, learned[position], number, group))
+        medium, place, group = media.get(position, (TEXT, None, None))
+        text = tokenizer.decode([token]) if place is None else ""
+        tokens.append(PreviewToken(text, medium, learned[position], place, group))
     title = f"{sum(w != 0 for w in weights)} of {len(ids)} positions learned"
     return PreviewSample(sample.id, title, tokens, _spans(document, limits))
 

@@ -26,7 +26,9 @@ def print_metrics(metrics: dict[str, Any], console: Console) -> None:
         if after is not None or key.startswith("nll"):
             table.add_row(text, _number(before), _number(after))
     for title, before, after in _gaps(metrics["before"], metrics["test"]):
-        table.add_row(title, _number(before and before["difference"]), _with_interval(after))
+        table.add_row(
+            title, _number(before["difference"] if before else None), _with_interval(after)
+        )
     console.print(table)
     seconds, memory = metrics["seconds"]["total"], metrics["peak_memory_mb"]
     console.print(f"{seconds:.0f} s, peak memory {memory} MB, best step {metrics['best_step']}")

@@ -86,11 +86,8 @@ def metrics(**changes: Any) -> dict[str, Any]:
 
 def captions() -> list[dict[str, Any]]:
     picture = thumbnail(np.zeros((4, 8, 3), np.uint8), 4)
-    held: dict[str, Any] = {
-        "media": [{"picture": picture, "player": "", "kind": ""}],
-        "reference": "food: a pear",
-        "label": "food",
-    }
+    shown = {"picture": picture, "player": "", "kind": ""}
+    held: dict[str, Any] = {"media": [shown], "reference": "food: a pear", "label": "food"}
     return [
         {**held, "before": "<script>alert(1)</script>", "after": "food: a pear"},
         {**held, "before": "", "after": "food: a plum"},

@@ -8,6 +8,7 @@ import base64
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def _wave(samples: NDArray[np.float32], start: float, stop: float) -> str:
     first = int(start * len(samples))
     held = np.abs(samples[first : max(first + 1, int(stop * len(samples)))])
     edges = np.linspace(0, len(held), width + 1).astype(int)
-    peaks = [held[a : max(b, a + 1)].max() for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    peaks = [held[a : max(b, a + 1)].max() for a, b in pairwise(edges)]
     loudest = max(float(np.abs(samples).max(initial=0.0)), 1e-6)
     reach = np.maximum(1, np.array(peaks) / loudest * (height // 2 - 1))
     distance = np.abs(np.arange(height)[:, None] - height // 2)
