@@ -38,6 +38,8 @@ _HOMES = {
     "LoraSpec": "plait.trainer.spec",
     "ModelSpec": "plait.trainer.spec",
     "AdamParams": "plait.types",
+    "AudioChunk": "plait.types",
+    "VideoChunk": "plait.types",
     "Datum": "plait.types",
     "EncodedTextChunk": "plait.types",
     "ImageChunk": "plait.types",
@@ -67,12 +69,14 @@ if TYPE_CHECKING:
     from plait.trainer.spec import LoraSpec as LoraSpec
     from plait.trainer.spec import ModelSpec as ModelSpec
     from plait.types import AdamParams as AdamParams
+    from plait.types import AudioChunk as AudioChunk
     from plait.types import Datum as Datum
     from plait.types import EncodedTextChunk as EncodedTextChunk
     from plait.types import ImageChunk as ImageChunk
     from plait.types import ModelInput as ModelInput
     from plait.types import SamplingParams as SamplingParams
     from plait.types import TensorData as TensorData
+    from plait.types import VideoChunk as VideoChunk
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plait.errors import ConfigError, DataError, Origin, UnknownNameError
-from plait.modalities import Image
+from plait.modalities import Audio, Image, MediaPart, Video
 from plait.ranges import ADAMW, SAMPLING, check_number, check_numbers, is_number
 
 if TYPE_CHECKING:
@@ -75,13 +75,37 @@ class EncodedTextChunk:
         return len(self.tokens)
 
 
+class MediaChunk:
+    """What chunks of media have in common: a part, and how many positions it is said to take.
+
+    `expected_tokens` is advisory in the Tinker API and checked here where it is given; `length`
+    needs it, and `TrainingClient.datum` fills it in. `origin` is where the part came from, for
+    error messages.
+    """
+
+    expected_tokens: int | None
+    origin: Origin
+
+    @property
+    def part(self) -> MediaPart:
+        """The media part that is read."""
+        raise NotImplementedError
+
+    @property
+    def length(self) -> int:
+        if self.expected_tokens is None:
+            raise ConfigError(
+                "the length of media is the model's to say: set expected_tokens, or make the "
+                "input with TrainingClient.datum"
+            )
+        return self.expected_tokens
+
+
 @dataclass(frozen=True)
-class ImageChunk:
+class ImageChunk(MediaChunk):
     """A picture: encoded bytes as in the Tinker API, or any `plait.Image`.
 
-    `expected_tokens` is advisory there and checked here where it is given; `length` needs it.
-    `TrainingClient.datum` fills it in. `format`, where it is given, must be that of the bytes.
-    `origin` is where the picture came from, for error messages.
+    `format`, where it is given, must be that of the bytes.
     """
 
     data: bytes | Image
@@ -94,20 +118,41 @@ class ImageChunk:
             raise UnknownNameError("picture format", self.format, FORMATS)
 
     @property
-    def image(self) -> Image:
+    def part(self) -> Image:
         return self.data if isinstance(self.data, Image) else Image(self.data)
 
+
+@dataclass(frozen=True)
+class AudioChunk(MediaChunk):
+    """A sound: a file's bytes, or any `plait.Audio`."""
+
+    data: bytes | Audio
+    expected_tokens: int | None = None
+    origin: Origin = field(default=Origin(), compare=False)
+
     @property
-    def length(self) -> int:
-        if self.expected_tokens is None:
-            raise ConfigError(
-                "the length of a picture is the model's to say: set expected_tokens, or make the "
-                "input with TrainingClient.datum"
-            )
-        return self.expected_tokens
+    def part(self) -> Audio:
+        return self.data if isinstance(self.data, Audio) else Audio(self.data)
 
 
-Chunk = EncodedTextChunk | ImageChunk
+@dataclass(frozen=True)
+class VideoChunk(MediaChunk):
+    """A film: a file's bytes, or any `plait.Video`.
+
+    It takes the positions of its frames, of the times that are written between them, and of its
+    sound where the `plait.Video` asks for it.
+    """
+
+    data: bytes | Video
+    expected_tokens: int | None = None
+    origin: Origin = field(default=Origin(), compare=False)
+
+    @property
+    def part(self) -> Video:
+        return self.data if isinstance(self.data, Video) else Video(self.data)
+
+
+Chunk = EncodedTextChunk | ImageChunk | AudioChunk | VideoChunk
 
 
 @dataclass(frozen=True)
@@ -181,7 +226,7 @@ def _tensor(name: str, value: Any) -> TensorData:
 class AdamParams:
     """One AdamW step, with the Tinker API's defaults.
 
-    `part_learning_rates` ("language", "projector", "vision") is Plait's: rates of parts that
+    `part_learning_rates` ("language", "projector", "vision", ...) is Plait's: rates of parts that
     should not use `learning_rate`.
     """
 

@@ -21,9 +21,12 @@ from plait.errors import (
 
 PUBLIC = [
     "AdamParams",
+    "Audio",
+    "AudioChunk",
     "Datum",
     "EncodedTextChunk",
     "EncoderSpec",
+    "FrameSampling",
     "Image",
     "ImageChunk",
     "LoraSpec",
@@ -38,8 +41,13 @@ PUBLIC = [
     "TensorData",
     "Text",
     "TrainingClient",
+    "Video",
+    "VideoChunk",
 ]
-HEAVY = ("torch", "torchvision", "transformers", "tokenizers", "lightning", "peft", "torchmetrics")
+HEAVY = (
+    "av", "torch", "torchaudio", "torchvision", "transformers", "tokenizers", "lightning",
+    "peft", "torchmetrics",
+)  # fmt: skip
 
 TEXT = plait.Text("a red disc")
 PLAIN = [
@@ -50,6 +58,8 @@ PLAIN = [
     plait.AdamParams(learning_rate=1e-3, part_learning_rates={"projector": 1e-2}),
     plait.EncodedTextChunk((1, 2)),
     plait.ImageChunk(b"bytes", "png", expected_tokens=4),
+    plait.AudioChunk(b"bytes", expected_tokens=4),
+    plait.VideoChunk(b"bytes", expected_tokens=4),
     plait.ModelInput.from_ints([1, 2]),
     plait.SamplingParams(max_tokens=3, stop=(2,)),
     plait.LoraSpec(rank=4),

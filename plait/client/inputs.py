@@ -1,10 +1,19 @@
 """Between chunks, which users see, and documents, which the engine computes."""
 
 from plait.errors import ConfigError, DataError
-from plait.modalities import Image, Limits, Part, Text
+from plait.modalities import Audio, Image, Limits, Part, Text, Video
 from plait.stream import Document, Message, Sample
 from plait.trainer.engine.inputs import Media, Piece, pieces_of
-from plait.types import FORMATS, Chunk, EncodedTextChunk, ImageChunk, ModelInput
+from plait.types import (
+    FORMATS,
+    AudioChunk,
+    Chunk,
+    EncodedTextChunk,
+    ImageChunk,
+    MediaChunk,
+    ModelInput,
+    VideoChunk,
+)
 
 
 def part_of(content: Part | Message | str) -> Part:
@@ -18,7 +27,7 @@ def part_of(content: Part | Message | str) -> Part:
 def piece_of(chunk: Chunk) -> Piece:
     if isinstance(chunk, EncodedTextChunk):
         return chunk.tokens
-    return Media(chunk.image, chunk.origin)
+    return Media(chunk.part, chunk.origin)
 
 
 def input_from(document: Document) -> ModelInput:
@@ -26,33 +35,43 @@ def input_from(document: Document) -> ModelInput:
     for piece, length in pieces_of(document):
         if not isinstance(piece, Media):
             chunks.append(EncodedTextChunk(tuple(piece)))
-        elif isinstance(piece.part, Image):
-            chunks.append(ImageChunk(piece.part, expected_tokens=length, origin=piece.origin))
         else:
-            raise ConfigError(f"a {piece.part.medium} has no chunk yet")
+            chunks.append(_chunk(piece, length))
     return ModelInput(tuple(chunks))
 
 
+def _chunk(media: Media, length: int) -> Chunk:
+    part = media.part
+    if isinstance(part, Image):
+        return ImageChunk(part, expected_tokens=length, origin=media.origin)
+    if isinstance(part, Audio):
+        return AudioChunk(part, expected_tokens=length, origin=media.origin)
+    if isinstance(part, Video):
+        return VideoChunk(part, expected_tokens=length, origin=media.origin)
+    raise ConfigError(f"a {part.medium} has no chunk: write it as a picture, a sound or a film")
+
+
 def check_expected(model_input: ModelInput, document: Document, limits: Limits) -> None:
-    """Compare what chunks say of their pictures with the pictures.
+    """Compare what chunks say of their media with the media.
 
     Raises:
         DataError: the number of tokens, or the format, is another.
     """
-    images = [chunk for chunk in model_input.chunks if isinstance(chunk, ImageChunk)]
-    for chunk, item in zip(images, document.items, strict=True):
-        if chunk.expected_tokens not in (None, item.plan.length):
+    chunks = [chunk for chunk in model_input.chunks if isinstance(chunk, MediaChunk)]
+    lengths = [length for piece, length in pieces_of(document) if isinstance(piece, Media)]
+    for chunk, length in zip(chunks, lengths, strict=True):
+        if chunk.expected_tokens not in (None, length):
             raise DataError(
-                f"expected_tokens must be what the model takes for the picture: "
-                f"{item.plan.length}; the chunk says {chunk.expected_tokens}",
+                f"expected_tokens must be what the model takes for the {chunk.part.medium}: "
+                f"{length}; the chunk says {chunk.expected_tokens}",
                 chunk.origin,
             )
-        if chunk.format is not None:
+        if isinstance(chunk, ImageChunk) and chunk.format is not None:
             _check_format(chunk, limits)
 
 
 def _check_format(chunk: ImageChunk, limits: Limits) -> None:
-    found = chunk.image.header(limits).format
+    found = chunk.part.header(limits).format
     if chunk.format is not None and found not in FORMATS[chunk.format]:
         raise DataError(
             f"a chunk's format must be that of its picture, which is {found}; the chunk says "
