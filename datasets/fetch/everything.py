@@ -118,7 +118,8 @@ def _rows_folder(source: Source) -> Path:
 def _make(source: Source, folder: Path) -> None:
     made = PREPARERS[source.rows]({data.name: data.place for data in source.data})
     write(made, folder, _rows_folder(source))
-    record = {**_made_of(source), "count": len(made.rows), "skipped": dict(made.skipped)}
+    skipped = dict(made.skipped.most_common())
+    record = {**_made_of(source), "count": len(made.rows), "skipped": skipped}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import tarfile
 import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,7 +126,7 @@ def unpack(tarball: Path, folder: Path) -> None:
         with tarfile.open(tarball, "r:gz") as archive:
             for entry in archive:
                 _write(archive, entry, tarball, folder)
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise FetchError(f"{tarball.name} is not a whole tarball: {error}; run this again") from (
             error
         )

@@ -9,6 +9,9 @@ from collections.abc import Callable
 
 from plait.datasets.fetch.prepare.asterisk import asterisk
 from plait.datasets.fetch.prepare.base import ROWS, Folders, Prepared, write
+from plait.datasets.fetch.prepare.films import films
+from plait.datasets.fetch.prepare.sounds import sounds
+from plait.datasets.fetch.prepare.tuxpaint import together, translations
 
 __all__ = ["PREPARERS", "REVISION", "ROWS", "Folders", "Prepared", "write"]
 
@@ -17,5 +20,9 @@ REVISION = 1
 
 PREPARERS: dict[str, Callable[[Folders], Prepared]] = {
     "asterisk": asterisk,
+    "films": films,
+    "sounds": sounds,
+    "together": together,
+    "translations": translations,
 }
 """By the name that a source's file gives as `rows`."""
