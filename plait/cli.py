@@ -103,7 +103,12 @@ def _add_fetch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = _command(
         commands, "fetch", _fetch, "Bring a recipe's weights and data to $PLAIT_HOME, checked."
     )
-    parser.add_argument("source", help="what to bring: stamps, or a source file of yours (.yaml)")
+    parser.add_argument(
+        "source",
+        nargs="?",
+        help="stamps, or another name that is listed, or a file of yours (.yaml)",
+    )
+    parser.add_argument("--list", action="store_true", help="say what can be brought")
 
 
 def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -204,7 +209,11 @@ def _quoted(text: str) -> str:
 
 
 def _fetch(words: argparse.Namespace) -> None:
-    from plait.datasets.fetch import fetch, terminal_progress
+    from plait.datasets.fetch import fetch, listing, terminal_progress
+
+    if words.list or words.source is None:
+        print(listing())
+        return
     from plait.encoders.weights import resolve
 
     fetch(words.source, terminal_progress(), resolve)

