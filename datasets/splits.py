@@ -19,16 +19,19 @@ from plait.stream import Sample
 
 @dataclass(frozen=True, kw_only=True)
 class SplitOptions:
-    """How many rows are held out.
+    """How many rows are held out: numbers of rows, or shares of them (0.1).
+
+    With shares, what is hashed decides alone, whatever else a dataset holds: the datasets of a
+    blend, split by answer and equal shares, hold out the same answers.
 
     Raises:
         ConfigError: a field is out of its range.
     """
 
-    test: int = 0
+    test: int | float = 0
     """Rows for the final measurement; near-duplicates of them are added."""
 
-    validation: int = 0
+    validation: int | float = 0
     """Rows of the rest for choosing when to stop; near-duplicates of them are added."""
 
     by: Literal["id", "answer", "label"] = "id"
@@ -42,13 +45,32 @@ class SplitOptions:
 
     def __post_init__(self) -> None:
         for name in ("test", "validation"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"split.{name} must be 0 or more; it is {getattr(self, name)}")
+            asked = getattr(self, name)
+            if not asked >= 0 or (isinstance(asked, float) and asked >= 1):
+                raise ConfigError(
+                    f"split.{name} must be a number of rows from 0, or a share below 1; it is "
+                    f"{asked}"
+                )
+        if self.test and self.validation and self.shares != isinstance(self.test, float):
+            raise ConfigError(
+                "split.test and split.validation must both be numbers of rows or both be shares; "
+                f"they are {self.test} and {self.validation}"
+            )
+        if self.shares and self.test + self.validation > 0.5:
+            raise ConfigError(
+                "split.test and split.validation must leave half of the rows to train on; they "
+                f"are {self.test} and {self.validation}"
+            )
         if self.by not in KEYS:
             raise UnknownNameError("split.by", self.by, KEYS)
         bits = self.near_duplicate_bits
         if bits is not None and not 0 <= bits <= 256:
             raise ConfigError(f"split.near_duplicate_bits must be 0 to 256; it is {bits}")
+
+    @property
+    def shares(self) -> bool:
+        """Whether shares are held out, not numbers of rows."""
+        return isinstance(self.validation if self.validation else self.test, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +99,10 @@ def split(
     """Split by the hash of ids (or of answers or labels), groups whole.
 
     Test is the `test` rows with the smallest SHA-256 of what `options.by` names and every row of
-    their groups; validation the same among the rest. Where the two would be more than half of the
-    rows, both shrink in proportion. A row that cannot be read trains, so that the loader's policy
-    on broken rows meets it; a picture that cannot be read is like no other.
+    their groups; validation the same among the rest. Shares are of the range of the hash. Where
+    two numbers would be more than half of the rows, both shrink in proportion. A row that cannot
+    be read trains, so that the loader's policy on broken rows meets it; a picture that cannot be
+    read is like no other.
 
     Args:
         progress: Called with (done, all); each picture is hashed, then compared.
@@ -88,9 +111,8 @@ def split(
         DataError: no row would be left to train on.
     """
     read = [_readable(samples, row) for row in range(len(samples))]
-    test, validation, notes = _counts(len(read), options)
-    groups = list(range(len(read)))
-    if options.near_duplicate_bits is not None and test + validation:
+    groups, notes = list(range(len(read))), []
+    if options.near_duplicate_bits is not None and options.test + options.validation:
         groups, broken = group_rows(read, options.near_duplicate_bits, limits, progress)
         if broken:
             notes.append(f"{broken} pictures cannot be decoded and were compared with none")
@@ -99,10 +121,11 @@ def split(
         groups = _joined_by(keys, groups)
     if unread := read.count(None):
         notes.append(f"{unread} rows cannot be read and were left in train")
-    order = _by_hash(keys)
-    for_test = _whole_groups(order[:test], groups)
-    rest = [row for row in order if row not in for_test]
-    for_validation = _whole_groups(rest[:validation], groups)
+    hashes = _hashes(keys)
+    first, second, note = _chooser(hashes, len(read), options)
+    for_test = _whole_groups(chosen := first(list(hashes)), groups)
+    more = second([row for row in hashes if row not in for_test])
+    for_validation = _whole_groups(more, groups)
     held = for_test | for_validation
     train = [row for row in range(len(read)) if row not in held]
     if read and not train:
@@ -111,8 +134,8 @@ def split(
             f"took all {len(read)}; lower split.near_duplicate_bits, test or validation, or set "
             "split.by: id"
         )
-    moved = len(held) - min(test, len(order)) - len(rest[:validation])
-    return Splits(train, sorted(for_validation), sorted(for_test), moved, tuple(notes))
+    moved = len(held) - len(chosen) - len(more)
+    return Splits(train, sorted(for_validation), sorted(for_test), moved, (*note, *notes))
 
 
 def _readable(samples: Sequence[Sample], row: int) -> Sample | None:
@@ -122,27 +145,51 @@ def _readable(samples: Sequence[Sample], row: int) -> Sample | None:
         return None
 
 
-def _counts(rows: int, options: SplitOptions) -> tuple[int, int, list[str]]:
+_Choose = Callable[[list[int]], list[int]]
+"""From rows in the order of their hashes, those that are held out."""
+
+
+def _chooser(
+    hashes: dict[int, bytes], rows: int, options: SplitOptions
+) -> tuple[_Choose, _Choose, tuple[str, ...]]:
+    """How test and then validation are chosen, and what to tell the user about it."""
+    if options.shares:
+        first, second = _below(options.test), _below(options.test + options.validation)
+        return (
+            lambda order: [row for row in order if hashes[row] < first],
+            lambda order: [row for row in order if hashes[row] < second],
+            (),
+        )
+    test, validation, note = _counts(rows, int(options.test), int(options.validation))
+    return lambda order: order[:test], lambda order: order[:validation], note
+
+
+def _below(share: float) -> bytes:
+    """The hash below which that share of all hashes lies; 15 digits of it count."""
+    return int(share * 2**64).to_bytes(8, "big")
+
+
+def _counts(rows: int, test: int, validation: int) -> tuple[int, int, tuple[str, ...]]:
     """Rows for test and validation, and what to tell the user about them."""
-    asked, half = options.test + options.validation, rows // 2
+    asked, half = test + validation, rows // 2
     if asked <= half:
-        return options.test, options.validation, []
-    test, validation = options.test * half // asked, options.validation * half // asked
+        return test, validation, ()
+    left = (test * half // asked, validation * half // asked)
     note = (
-        f"test {options.test} and validation {options.validation} are more than half of {rows} "
-        f"rows; they were scaled down to {test} and {validation}"
+        f"test {test} and validation {validation} are more than half of {rows} rows; they were "
+        f"scaled down to {left[0]} and {left[1]}"
     )
-    return test, validation, [note]
+    return *left, (note,)
 
 
-def _by_hash(keys: Sequence[str | None]) -> list[int]:
-    """The readable rows by the SHA-256 of their keys; equal keys in the order of rows."""
+def _hashes(keys: Sequence[str | None]) -> dict[int, bytes]:
+    """The SHA-256 of the key of each readable row, ascending; equal keys in the order of rows."""
     hashes = {
         row: hashlib.sha256(key.encode()).digest()
         for row, key in enumerate(keys)
         if key is not None
     }
-    return sorted(hashes, key=lambda row: (hashes[row], row))
+    return dict(sorted(hashes.items(), key=lambda item: (item[1], item[0])))
 
 
 def _joined_by(keys: Sequence[str | None], groups: Sequence[int]) -> list[int]:

@@ -295,6 +295,38 @@ def test_an_answer_and_a_picture_both_join_rows() -> None:
     assert all(held) or not any(held)
 
 
+def test_shares_hold_out_the_same_answers_of_every_dataset() -> None:
+    many = [said(f"a{n}", f"answer {n % 400}") for n in range(1000)]
+    few = [said(f"b{n}", f"Answer {n}!") for n in range(0, 400, 7)]
+    options = SplitOptions(by="answer", test=0.2, validation=0.1)
+    both = [split(many, options), split(few, options)]
+    numbers = [[n % 400 for n in range(1000)], list(range(0, 400, 7))]
+    sides = [
+        [{numbers[d][row] for row in getattr(both[d], side)} for d in range(2)]
+        for side in ("train", "validation", "test")
+    ]
+    for one, other in sides:
+        assert other <= one and other, "each answer is on the side it has elsewhere"
+    assert [len(one) for one, _ in sides] == [pytest.approx(n, abs=25) for n in (280, 40, 80)]
+    assert both[0].moved == 0, "equal answers have one hash"
+    everything = split(many, SplitOptions(by="answer"))
+    assert (everything.test, everything.validation) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("test", "validation", "rule"),
+    [
+        (1.0, 0, "a share below 1"),
+        (float("nan"), 0, "a share below 1"),
+        (0.2, 10, "both be shares"),
+        (0.3, 0.3, "leave half"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(test: float, validation: float, rule: str) -> None:
+    with pytest.raises(ConfigError, match=rule):
+        SplitOptions(test=test, validation=validation)
+
+
 def test_an_unknown_way_to_split_offers_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'answer'"):
         SplitOptions(by="answers")  # type: ignore[arg-type]
