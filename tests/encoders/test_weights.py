@@ -292,3 +292,11 @@ def test_the_real_vision_encoder_is_converted_from_its_pickle() -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["license"] == "Apache-2.0"
     assert not list(folder.glob("*.pth"))
+
+
+@pytest.mark.weights
+def test_the_real_sound_network_is_converted_from_its_pickle(real_weights: Any) -> None:
+    folder = real_weights("pip:aisfx")
+    assert json.loads((folder / "config.json").read_text())["architecture"] == "aisfx"
+    assert json.loads((folder / "manifest.json").read_text())["license"] == "CC-BY-4.0"
+    assert not list(folder.glob("*.pth"))

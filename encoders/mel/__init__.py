@@ -1,0 +1,1 @@
+"""Sound without a tower: patches of log-mel frames; see README.md."""
