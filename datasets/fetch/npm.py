@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import tarfile
 import tempfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from plait.datasets.fetch.archives import unpack
 from plait.datasets.fetch.commands import run
 from plait.datasets.fetch.folders import ensure, home, size_of
 from plait.datasets.fetch.pip import RECORD, digest
@@ -114,39 +113,3 @@ def _download(package: NpmPackage, work: Path, progress: Progress) -> Path:
     if len(found) != 1:
         raise FetchError(f"{package} must be one tarball, but npm brought {len(found)}")
     return found[0]
-
-
-def unpack(tarball: Path, folder: Path) -> None:
-    """Write a tarball's files, without their first folder, which npm calls `package`.
-
-    Raises:
-        FetchError: it is damaged, or an entry is a link, a device, or points outside.
-    """
-    try:
-        with tarfile.open(tarball, "r:gz") as archive:
-            for entry in archive:
-                _write(archive, entry, tarball, folder)
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        raise FetchError(f"{tarball.name} is not a whole tarball: {error}; run this again") from (
-            error
-        )
-
-
-def _write(archive: tarfile.TarFile, entry: tarfile.TarInfo, tarball: Path, folder: Path) -> None:
-    parts = entry.name.replace("\\", "/").split("/")
-    plain = entry.isreg() or entry.isdir()
-    if not plain or ".." in parts or not parts[0] or ":" in parts[0] or "\0" in entry.name:
-        raise FetchError(
-            f"an npm tarball must hold plain files that stay inside its folder, and "
-            f"{tarball.name} holds {entry.name!r}; do not use it"
-        )
-    target = folder.joinpath(*parts[1:])
-    if entry.isdir():
-        target.mkdir(parents=True, exist_ok=True)
-        return
-    content = archive.extractfile(entry)
-    if content is None or len(parts) == 1:  # a file beside the package's folder is not of it
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with content, target.open("wb") as file:
-        shutil.copyfileobj(content, file)

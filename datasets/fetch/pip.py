@@ -1,4 +1,4 @@
-"""A package from the Python package index, unpacked but never installed and never imported."""
+"""A package from the Python package index, unpacked, never installed and never imported."""
 
 import json
 import stat
@@ -9,6 +9,7 @@ from hashlib import file_digest
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile, ZipInfo
 
+from plait.datasets.fetch.archives import unpack
 from plait.datasets.fetch.commands import run
 from plait.datasets.fetch.folders import ensure, home, size_of
 from plait.datasets.fetch.progress import Progress
@@ -20,20 +21,22 @@ RECORD = "fetched.json"
 
 @dataclass(frozen=True, slots=True)
 class PipPackage:
-    """A wheel, pinned.
+    """A wheel, or a source archive, pinned.
 
-    `size` is the wheel's length in bytes, for the progress bar.
+    `size` is the file's length in bytes, for the progress bar.
     """
 
     name: str
     version: str
     sha256: str
     size: int | None = None
+    source: bool = False
 
     @property
     def folder(self) -> Path:
         """Where its content lies once fetched."""
-        return home() / "packages" / f"{self.name}-{self.version}"
+        suffix = "-source" if self.source else ""
+        return home() / "packages" / f"{self.name}-{self.version}{suffix}"
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
@@ -45,14 +48,20 @@ def pip_package(
     sha256: str,
     *,
     size: int | None = None,
+    source: bool = False,
     progress: Progress,
 ) -> Path:
     """The folder with the content of a wheel, downloaded if it is not there yet.
 
+    Args:
+        source: Bring the source archive, for what no wheel holds. pip asks the package's own build
+            for its metadata, which is code of it that runs, but only once the archive's checksum
+            is found right.
+
     Raises:
-        FetchError: pip cannot download it, or the wheel is not the one pinned.
+        FetchError: pip cannot download it, or the file is not the one pinned.
     """
-    package = PipPackage(name, version, sha256, size)
+    package = PipPackage(name, version, sha256, size, source)
     if not ensure(package.folder, lambda folder: _build(package, folder, progress)):
         progress.say(f"{package}: already there, in {package.folder}")
     return package.folder
@@ -60,25 +69,32 @@ def pip_package(
 
 def _build(package: PipPackage, folder: Path, progress: Progress) -> None:
     with tempfile.TemporaryDirectory(prefix="download-", dir=folder.parent) as download:
-        wheel = _download(package, Path(download), progress)
-        found = digest(wheel)
+        archive = _download(package, Path(download), progress)
+        found = digest(archive)
         if found != package.sha256:
             raise FetchError(
                 f"{package} must have SHA-256 {package.sha256} but pip downloaded {found}; "
                 "do not use it: see whether your package index serves another file"
             )
-        _unpack(wheel, folder)
+        if package.source:
+            unpack(archive, folder, leave_links=True)
+        else:
+            _unpack(archive, folder)
         facts = {"name": package.name, "version": package.version, "sha256": found}
         (folder / RECORD).write_text(json.dumps({"from": "pip", **facts}, indent=2) + "\n")
 
 
 def _download(package: PipPackage, folder: Path, progress: Progress) -> Path:
-    wheels = folder / "wheels"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    archives = folder / "archives"
+    wanted = folder / "requirements.txt"
+    hashed = f" --hash=sha256:{package.sha256}" if package.source else ""  # before its code runs
+    wanted.write_text(f"{package.name}=={package.version}{hashed}\n")
+    form = "--no-binary" if package.source else "--only-binary"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", form, ":all:"]
     command += ["--no-cache-dir", "--disable-pip-version-check", "--no-input", "--progress-bar=off"]
     with progress.bar(f"downloading {package}", package.size) as update:
         run(
-            [*command, "--dest", wheels, f"{package.name}=={package.version}"],
+            [*command, "--dest", archives, "--requirement", wanted],
             doing=f"cannot download {package}",
             remedy="see that pip works here (`python -m pip --version`; `python -m ensurepip` "
             "brings it) and that it reaches a package index, then run this again",
@@ -86,9 +102,10 @@ def _download(package: PipPackage, folder: Path, progress: Progress) -> Path:
             environment={"TMPDIR": str(folder)},
             watch=lambda: update(size_of(folder)),
         )
-    found = list(wheels.glob("*.whl"))
+    kind, pattern = ("source archive", "*.tar.gz") if package.source else ("wheel", "*.whl")
+    found = list(archives.glob(pattern))
     if len(found) != 1:
-        raise FetchError(f"{package} must be one wheel, but pip downloaded {len(found)}")
+        raise FetchError(f"{package} must be one {kind}, but pip downloaded {len(found)}")
     return found[0]
 
 

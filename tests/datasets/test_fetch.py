@@ -107,6 +107,29 @@ def test_a_wheel_that_does_not_exist_is_one_clear_line() -> None:
     assert "\n" not in str(got.value)
 
 
+@pytest.mark.slow
+def test_a_source_archive_holds_what_no_wheel_does(own_home: Path) -> None:
+    """Half a minute: pip builds the archive's metadata."""
+    sha256 = "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f"
+    try:
+        folder = pip_package("llamafactory", "0.9.5", sha256, source=True, progress=Progress())
+    except FetchError as error:
+        if "cannot download" in str(error):
+            pytest.skip(f"no package index can be reached: {error}")
+        raise
+    assert folder == own_home / "packages" / "llamafactory-0.9.5-source"
+    assert (folder / "data" / "mllm_demo.json").is_file()
+
+
+def test_a_source_archive_with_another_checksum_is_refused_before_its_code_runs(
+    own_home: Path,
+) -> None:
+    real_pip_package()  # or skips
+    with pytest.raises(FetchError, match=r"cannot download .* 0\.1\.0: .*(HASH|hash)"):
+        pip_package(NAME, VERSION, "0" * 64, source=True, progress=Progress())
+    assert left(own_home / "packages") == [f"{NAME}-{VERSION}"]
+
+
 def test_a_killed_build_leaves_nothing_and_the_next_run_succeeds(tmp_path: Path) -> None:
     target = tmp_path / "made" / "thing"
     process = subprocess.Popen(

