@@ -6,6 +6,7 @@ An append-only file of JSON lines:
 
 A checkpoint holds how long the file was; restoring cuts off what was written after it, a line
 torn by a kill included. A row is known by dataset and row number, or file where it has no number.
+The epoch is that of its own dataset; datasets of a blend are in different ones at one time.
 """
 
 import json
@@ -49,8 +50,7 @@ class Ledger:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._counts: dict[str, int] = {}
-        self._epoch = -1
-        self._seen: set[RowName] = set()
+        self._seen = _Seen()
         self._lines: list[bytes] = []
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ class Ledger:
         self._reread(None)
 
     def record(self, epoch: int, status: Status, origin: Origin, reason: str = "") -> None:
-        """Count a row of an epoch, once. Epochs never go back.
+        """Count a row of an epoch, once.
 
         Raises:
             CheckpointError: the row already has a line in this epoch, or the disk is full.
@@ -116,15 +116,11 @@ class Ledger:
                 self._file.close()
 
     def _note(self, epoch: int, status: str, row: RowName) -> None:
-        if epoch < self._epoch or (epoch == self._epoch and row in self._seen):
+        if not self._seen.add(epoch, row):
             raise CheckpointError(
                 f"a row is counted once an epoch: {row} of epoch {epoch} is already in the ledger "
                 f"{self.path}; restore the ledger with the checkpoint, or begin a new run folder"
             )
-        if epoch > self._epoch:
-            self._epoch = epoch
-            self._seen = set()
-        self._seen.add(row)
         self._counts[status] = self._counts.get(status, 0) + 1
 
     def _write(self) -> None:
@@ -146,7 +142,7 @@ class Ledger:
 
     def _reread(self, length: int | None) -> None:
         """Read the first `length` bytes again (None: all whole lines) and cut off the rest."""
-        self._counts, self._epoch, self._seen, self._bytes = {}, -1, set(), 0
+        self._counts, self._seen, self._bytes = {}, _Seen(), 0
         found = os.fstat(self._file.fileno()).st_size
         if length is not None and found < length:
             raise CheckpointError(
@@ -187,6 +183,29 @@ class Ledger:
                 f"{self.path} is not a ledger: line at byte {self._bytes} cannot be read; move it "
                 "away or begin a new run folder"
             ) from error
+
+
+class _Seen:
+    """Which rows have a line in which epoch: a bit each, so that no epoch is ever forgotten."""
+
+    def __init__(self) -> None:
+        self._bits: dict[tuple[int, str], bytearray] = {}
+        self._named: set[tuple[int, RowName]] = set()
+
+    def add(self, epoch: int, row: RowName) -> bool:
+        """Whether the row is new in this epoch; it is not any more."""
+        dataset, number = row
+        if not isinstance(number, int) or number < 0:
+            new = (epoch, row) not in self._named
+            self._named.add((epoch, row))
+            return new
+        bits = self._bits.setdefault((epoch, dataset), bytearray())
+        place, bit = number >> 3, 1 << (number & 7)
+        if place >= len(bits):
+            bits.extend(bytes(max(place + 1, 2 * len(bits)) - len(bits)))
+        new = not bits[place] & bit
+        bits[place] |= bit
+        return new
 
 
 class NullLedger(Ledger):

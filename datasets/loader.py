@@ -17,22 +17,21 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-from plait.datasets.assembly import Loaded, Pack, RowOutcome, Task, assemble, view_of
+import numpy as np
+
+from plait.datasets.absences import Absences
+from plait.datasets.assembly import Loaded, Pack, Task, assemble, bytes_of, view_of
+from plait.datasets.blend import Share
+from plait.datasets.columns import Measured, RowCounts
 from plait.datasets.executor import Executor
-from plait.datasets.ledger import Ledger, NullLedger, RowName, row_name
-from plait.datasets.planning import (
-    Measured,
-    measure,
-    origin_of,
-    placed,
-    plan_epoch,
-    positions_by_medium,
-    screen,
-    unread,
-)
+from plait.datasets.journal import Journal
+from plait.datasets.ledger import Ledger, NullLedger
+from plait.datasets.planning import counts_of, measure, placed, screen
 from plait.datasets.policy import FailurePolicy
-from plait.datasets.settings import LoaderSettings, fingerprint
-from plait.errors import CheckpointError, ConfigError, DataError, Origin
+from plait.datasets.schedule import Block, Schedule
+from plait.datasets.settings import LoaderSettings
+from plait.datasets.truncation import truncated
+from plait.errors import CheckpointError, ConfigError, DataError, DecodeTimeoutError, Origin
 from plait.stream import Document, Item, ItemInputs, Sample
 
 __all__ = ["Loader", "LoaderSettings", "Pack"]
@@ -48,6 +47,9 @@ class Loader:
         load: Decodes one item; called by many threads at once.
         policy: Broken rows, told of in the order of the packs.
         ledger: One of its own; None keeps none.
+        shares: The datasets of a blend, in the order of their rows, each with rows of `indices`;
+            none is a single dataset.
+        journal: Where rows that timed out are written down; None keeps them in memory.
         measured: What `measure` found for these indices; None measures through `render`.
         left_out: Rows that never became samples (a picture without text), and why.
         broken: Held-out rows that could not be read, and why; the policy knows of them already.
@@ -67,6 +69,8 @@ class Loader:
         policy: FailurePolicy | None = None,
         ledger: Ledger | None = None,
         *,
+        shares: Sequence[Share] = (),
+        journal: Journal | None = None,
         measured: Measured | None = None,
         left_out: Iterable[tuple[Origin, str]] = (),
         broken: Iterable[tuple[Origin, str]] = (),
@@ -74,6 +78,7 @@ class Loader:
         self.settings = settings
         self.policy = policy or FailurePolicy()
         self.ledger = ledger or NullLedger()
+        self.journal = journal or Journal()
         self._samples, self._render, self._load = samples, render, load
         self._rendering = threading.Lock()
         chosen = _checked(indices, len(samples))
@@ -86,10 +91,14 @@ class Loader:
                 workers=settings.workers,
             )
         self.measured = _screened(measured, chosen, settings, self.policy)
-        self._fingerprint = fingerprint(self.measured, settings)
-        self._absent = self._absences(chosen, left_out, broken)
-        self._plans: dict[int, list[tuple[int, ...]]] = {}
+        self._schedule = Schedule(self.measured, settings, shares)
+        self._fingerprint = self._schedule.fingerprint()
+        self._absent = Absences(samples, self.measured, shares)
+        if not isinstance(self.ledger, NullLedger):
+            self._absent.add_held_out(chosen, left_out, broken)
+        self._plans: dict[int, Block] = {}
         self._epoch = self._next = 0
+        self._drawn: dict[str, int] = {}
         self._given: deque[Pack] = deque()
         self._ended = False
         self._live: Generator[Pack, None, None] | None = None
@@ -117,9 +126,22 @@ class Loader:
                 self.close()
 
     def plan(self, epoch: int) -> list[tuple[int, ...]]:
-        """The packs of an epoch, as row numbers in the samples."""
-        rows = self.measured.rows
-        return [tuple(rows[place].row for place in pack) for pack in self._plan(epoch)]
+        """The packs of an epoch (of a blend: a block), as row numbers in the samples."""
+        numbers = self.measured.columns["row"]
+        return [tuple(numbers[list(pack)].tolist()) for pack in self._plan(epoch)]
+
+    @property
+    def drawn(self) -> dict[str, int]:
+        """Rows trained on so far, by dataset, in all epochs together."""
+        return dict.fromkeys(self.measured.datasets, 0) | self._drawn
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing comes after what was accounted."""
+        last = self._ends_before(self._epoch)
+        return last or (
+            self._next >= len(self._plan(self._epoch)) and self._ends_before(self._epoch + 1)
+        )
 
     def packs(self) -> Iterator[Pack]:
         """Packs from the state on; each must be given to `account`, in order, when it is used.
@@ -156,6 +178,7 @@ class Loader:
             "epoch": self._epoch,
             "pack": self._next,
             "plan": self._fingerprint,
+            "drawn": dict(self._drawn),
             "policy": self.policy.state_dict(),
             "ledger": self.ledger.state(),
         }
@@ -170,13 +193,14 @@ class Loader:
         if state["plan"] != self._fingerprint:
             raise CheckpointError(
                 "a run resumes only on the data it began with: the rows, their ids or lengths, or "
-                "the seed, capacity, max_documents, views, shuffle or window have changed; put "
-                "them back, or begin a new run"
+                "the seed, weights, budgets of a pack, views, shuffle, packing or window have "
+                "changed; put them back, or begin a new run"
             )
         self.close()
         self.ledger.restore(state["ledger"])
         self.policy.load_state_dict(state["policy"])
         self._epoch, self._next = int(state["epoch"]), int(state["pack"])
+        self._drawn = {name: int(count) for name, count in state["drawn"].items()}
 
     def close(self) -> None:
         """Stop decoding ahead. The state stays; iterating goes on from it."""
@@ -188,10 +212,16 @@ class Loader:
     # What is produced ahead
 
     def _produce(self) -> Generator[Pack, None, None]:
-        executor = Executor(self.settings.workers, self.settings.prefetch)
+        settings = self.settings
+        executor = Executor(settings.workers, settings.prefetch)
+        tasks = self._tasks(self._epoch, self._next)
         barren, fruitless = 0, (self._epoch, self._next) == (0, 0)
-        with closing(executor.map(self._work, self._tasks(self._epoch, self._next))) as batches:
+        prepared = executor.map(
+            self._work, tasks, weigh=bytes_of, most=settings.prefetch_bytes
+        )  # fmt: skip
+        with closing(prepared) as batches:
             for pack in map(assemble, batches):
+                self._write_journal(pack)
                 self._given.append(pack)
                 if pack.documents:
                     barren, fruitless = 0, False
@@ -207,52 +237,56 @@ class Loader:
         if fruitless and barren:
             raise _all_broken(pack)
 
-    def _tasks(self, epoch: int, start: int) -> Iterator[list[Task]]:
-        settings = self.settings
-        while settings.epochs is None or epoch < settings.epochs:
-            plan = self._plan(epoch)
+    def _tasks(self, block: int, start: int) -> Iterator[list[Task]]:
+        while not self._ends_before(block):
+            plan = self._plan(block)
             for index in range(start, len(plan)):
-                rows = [self.measured.rows[place] for place in plan[index]]
-                yield [
-                    Task(epoch, index, row, view_of(settings.seed, epoch, row.row, settings.views))
-                    for row in rows
-                ]
-            epoch, start = epoch + 1, 0
+                yield [self._task(block, index, *drawn) for drawn in plan.drawn(index)]
+            block, start = block + 1, 0
 
-    def _plan(self, epoch: int) -> list[tuple[int, ...]]:
-        if epoch not in self._plans:
-            settings = self.settings
+    def _task(self, block: int, index: int, place: int, epoch: int) -> Task:
+        row = self.measured.rows[place]
+        view = view_of(self.settings.seed, epoch, row.row, self.settings.views)
+        return Task(block, index, row, epoch, view)
+
+    def _plan(self, block: int) -> Block:
+        if block not in self._plans:
             self._plans = {e: p for e, p in self._plans.items() if e >= self._epoch}
-            self._plans[epoch] = plan_epoch(
-                self.measured.lengths,
-                seed=settings.seed,
-                epoch=epoch,
-                capacity=settings.capacity,
-                max_documents=settings.max_documents,
-                groups=self.measured.groups,
-                shuffle=settings.shuffle,
-                window=settings.window,
-            )
-        return self._plans[epoch]
+            self._plans[block] = self._schedule.block(block)
+        return self._plans[block]
+
+    def _ends_before(self, block: int) -> bool:
+        epochs = self.settings.epochs
+        return (epochs is not None and block >= epochs) or self._schedule.ends_before(block)
 
     def _work(self, task: Task) -> Loaded:
+        row = task.row
         try:
+            if (reason := self.journal.reason(task.epoch, row.origin)) is not None:
+                raise DecodeTimeoutError(reason)
             # Tokenizers and record files are not promised to be safe for threads; decoding is.
             with self._rendering:
-                sample = self._samples[task.row.row]
+                sample = self._samples[row.row]
                 document = self._render(replace(sample, view=task.view))
-            if document.length != task.row.length:
+            if document.length != row.length + row.cut:
                 raise DataError(
-                    f"a row must keep its length: {task.row.length} positions were planned and "
-                    f"{document.length} rendered; the row or its file changed during the run"
+                    f"a row must keep its length: {row.length + row.cut} positions were planned "
+                    f"and {document.length} rendered; the row or its file changed during the run"
                 )
+            document = truncated(document, row.length)
             return document, tuple(self._load(item) for item in document.items)
         except DataError as error:
-            raise placed(error, task.row.origin) from error
+            raise placed(error, row.origin) from error
 
-    def _count(self, sample: Sample) -> Mapping[str, int]:
+    def _write_journal(self, pack: Pack) -> None:
+        """Before a pack is used, what the clock took out of it is safely on the disk."""
+        for outcome in pack.outcomes:
+            if isinstance(outcome.error, DecodeTimeoutError):
+                self.journal.add(outcome.epoch, outcome.origin, outcome.reason)
+
+    def _count(self, sample: Sample) -> RowCounts:
         with self._rendering:
-            return positions_by_medium(self._render(sample))
+            return counts_of(self._render(sample))
 
     # What is accounted
 
@@ -265,10 +299,14 @@ class Loader:
     def _settle(self, pack: Pack) -> None:
         self._tell_policy(pack)
         if pack.index == 0:
-            for absent in self._absent:
-                self.ledger.record(pack.epoch, absent.status, absent.origin, absent.reason)
+            for share, epoch in self._plan(pack.epoch).begun:
+                for absent in self._absent.of(share):
+                    self.ledger.record(epoch, absent.status, absent.origin, absent.reason)
         for outcome in pack.outcomes:
-            self.ledger.record(pack.epoch, outcome.status, outcome.origin, outcome.reason)
+            self.ledger.record(outcome.epoch, outcome.status, outcome.origin, outcome.reason)
+            if outcome.trained:
+                dataset = outcome.origin.dataset
+                self._drawn[dataset] = self._drawn.get(dataset, 0) + 1
         self._epoch, self._next = pack.epoch, pack.index + 1
 
     def _tell_policy(self, pack: Pack) -> None:
@@ -278,50 +316,11 @@ class Loader:
             for outcome in pack.outcomes:
                 if outcome.error is not None:
                     self.policy.failure(outcome.error)
-                elif outcome.status == "used":
+                elif outcome.trained:
                     self.policy.success()
         except DataError:
             self.policy.load_state_dict(before)
             raise
-
-    def _absences(
-        self,
-        chosen: Sequence[int],
-        left_out: Iterable[tuple[Origin, str]],
-        broken: Iterable[tuple[Origin, str]],
-    ) -> list[RowOutcome]:
-        """The rows that no epoch packs: refused, held out, or never a sample."""
-        absent = [RowOutcome(r.origin, r.status, r.reason) for r in self.measured.refused]
-        if isinstance(self.ledger, NullLedger):
-            return absent
-        failed = {_name(origin): RowOutcome(origin, "broken", reason) for origin, reason in broken}
-        for row in sorted(set(range(len(self._samples))) - set(chosen)):
-            origin = self._origin(row)
-            whole = RowOutcome(origin, "left_out", "held out by the split")
-            absent.append(failed.pop(_name(origin), whole))
-        absent += failed.values()
-        absent += [RowOutcome(origin, "left_out", reason) for origin, reason in left_out]
-        names = [row.origin for row in self.measured.rows] + [row.origin for row in absent]
-        seen: set[RowName] = set()
-        for origin in names:
-            name = _name(origin)
-            if name in seen:
-                raise ConfigError(
-                    f"a ledger needs rows with names of their own: two are called ({origin}); "
-                    "give each dataset a name of its own"
-                )
-            seen.add(name)
-        return absent
-
-    def _origin(self, row: int) -> Origin:
-        try:
-            return origin_of(self._samples[row], row)
-        except DataError as error:
-            return unread(error, row).origin
-
-
-def _name(origin: Origin) -> RowName:
-    return row_name(origin.dataset, origin.row, origin.file)
 
 
 def _all_broken(pack: Pack) -> DataError:
@@ -347,15 +346,12 @@ def _checked(indices: Iterable[int], samples: int) -> list[int]:
 def _screened(
     measured: Measured, chosen: Sequence[int], settings: LoaderSettings, policy: FailurePolicy
 ) -> Measured:
-    found = screen(
-        measured,
-        capacity=settings.capacity,
-        max_documents=settings.max_documents,
-        policy=policy,
-    )
-    if sorted([row.row for row in found.rows] + [row.row for row in found.refused]) != chosen:
+    found = screen(measured, limits=settings, policy=policy)
+    refused_rows = [row.row for row in found.refused]
+    rows = np.sort(np.concatenate([found.columns["row"], np.array(refused_rows, dtype=np.int64)]))
+    if not np.array_equal(rows, np.array(chosen, dtype=np.int64)):
         raise ConfigError("measured must be for the same rows; measure the indices given here")
-    if not found.rows:
+    if not len(found):
         reason = f"; the first: {found.refused[0].reason}" if found.refused else ""
         raise DataError(
             f"a dataset needs a usable row: of {len(chosen)} rows none can be used{reason}",

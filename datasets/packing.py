@@ -159,9 +159,7 @@ def decreasing_packs(costs: NDArray[np.int64], limits: Sequence[int]) -> list[li
     left: list[list[int]] = []
     for at in range(0, len(order), _CHUNK):
         numbers = order[at : at + _CHUNK]
-        given = zip(
-            numbers.tolist(), sizes[numbers].tolist(), costs[numbers].tolist(), strict=True
-        )
+        given = zip(numbers.tolist(), sizes[numbers].tolist(), costs[numbers].tolist(), strict=True)
         for number, size, cost in given:
             place = rooms.take(size)
             if place is None:

@@ -1,55 +1,39 @@
-"""From rows to packs, before anything is decoded.
+"""From rows to what they take of a pack, before anything is decoded.
 
-    samples ──measure──> Measured ──screen──> rows that fit ──plan_epoch──> packs of row numbers
+    samples ──measure──> Measured ──screen──> rows that fit ──plan_block──> packs of row numbers
 
-Lengths come from headers and texts, through a counter that the caller brings. The plan of an epoch
-is a pure function of lengths, seed and epoch: it is recomputed, never stored.
+Counts come from headers and texts, through a counter that the caller brings. The plan itself is
+made in `plait.datasets.schedule`.
 """
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from plait.datasets.columns import (
+    NONE,
+    IntColumn,
+    Measured,
+    MeasuredBuilder,
+    MeasuredRow,
+    RefusedRow,
+    RowCounts,
+)
 from plait.datasets.executor import Executor
-from plait.datasets.ledger import Status
-from plait.datasets.packing import WINDOW, Unit, best_fit, fill_of, make_units
 from plait.datasets.policy import FailurePolicy
+from plait.datasets.settings import PackLimits
+from plait.datasets.truncation import cut_to_fit
 from plait.errors import DataError, Origin
-from plait.stream import Document, Sample
+from plait.modalities import FrameSampling
+from plait.stream import Document, Item, Sample
 
-Counter = Callable[[Sample], Mapping[str, int]]
-"""Positions of a sample by medium ({"text": 12, "image": 9}), from headers alone; thread-safe."""
+Counter = Callable[[Sample], RowCounts]
+"""What a sample takes, from headers alone; called by one thread at a time."""
 
 _ROWS_A_BATCH = 32
-
-
-@dataclass(frozen=True, slots=True)
-class MeasuredRow:
-    """A row that can be packed. `group` is (dataset, group), or None; `id` is the sample's."""
-
-    row: int
-    origin: Origin
-    positions: Mapping[str, int]
-    group: Hashable | None = None
-    id: str = ""
-
-    @property
-    def length(self) -> int:
-        return sum(self.positions.values())
-
-
-@dataclass(frozen=True, slots=True)
-class RefusedRow:
-    """A row that is in no plan, and why."""
-
-    row: int
-    origin: Origin
-    status: Status
-    reason: str
-    group: Hashable | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,30 +45,31 @@ class _BrokenRow:
     group: Hashable | None
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Rows that can be used, and rows that cannot, in the order of their numbers."""
-
-    rows: tuple[MeasuredRow, ...]
-    refused: tuple[RefusedRow, ...] = ()
-
-    @property
-    def lengths(self) -> list[int]:
-        """Positions of each usable row."""
-        return [row.length for row in self.rows]
-
-    @property
-    def groups(self) -> list[Hashable | None]:
-        """The group of each usable row, for `plan_epoch`."""
-        return [row.group for row in self.rows]
-
-
-def positions_by_medium(document: Document) -> dict[str, int]:
-    """How many of a document's positions each medium fills; the rest is text."""
-    found: dict[str, int] = {}
+def counts_of(document: Document) -> RowCounts:
+    """What a document takes of each budget."""
+    positions: dict[str, int] = {}
+    patches = frames = 0
     for item in document.items:
-        found[item.part.medium] = found.get(item.part.medium, 0) + item.plan.length
-    return {"text": document.length - sum(found.values()), **found}
+        medium, length = item.part.medium, item.plan.length
+        positions[medium] = positions.get(medium, 0) + length
+        patches += length if medium == "image" else 0
+        frames += _frames(item) if medium == "video" else 0
+    learned = np.flatnonzero(document.weights)
+    return RowCounts(
+        positions={"text": document.length - sum(positions.values()), **positions},
+        patches=patches,
+        frames=frames,
+        media_end=max((span.stop for span in document.spans), default=0),
+        learned=int(learned[0]) + 1 if len(learned) else document.length + 1,
+    )
+
+
+def _frames(item: Item) -> int:
+    """The frames that are read of a film; its rows in time where only their rate is asked."""
+    wanted = item.plan.wanted
+    if isinstance(wanted, FrameSampling) and wanted.count is not None:
+        return wanted.count
+    return item.plan.grid[0]
 
 
 def origin_of(sample: Sample, row: int) -> Origin:
@@ -117,18 +102,20 @@ def measure(
     indices: Iterable[int] | None = None,
     policy: FailurePolicy | None = None,
     workers: int = 2,
+    prepare: Callable[[Sample], None] | None = None,
 ) -> Measured:
-    """Count the positions of each row in threads; rows that break are told to the policy in order.
+    """Count what each row takes; rows that break are told to the policy in order.
 
     Args:
         indices: Rows to measure; None is all. `samples[row]` is read by one thread at a time.
+        prepare: Called before a row is counted, by many threads at once: reads its headers.
 
     Raises:
         DataError, FailureBudgetError: as the policy says.
     """
     policy = policy or FailurePolicy()
     rows = sorted(range(len(samples)) if indices is None else indices)
-    reading = threading.Lock()
+    reading, counting = threading.Lock(), threading.Lock()
 
     def one(row: int) -> MeasuredRow | _BrokenRow:
         try:
@@ -139,136 +126,156 @@ def measure(
         origin = origin_of(sample, row)
         group = None if sample.group is None else (origin.dataset, sample.group)
         try:
-            return MeasuredRow(row, origin, dict(count(sample)), group, sample.id)
+            if prepare is not None:
+                prepare(sample)
+            with counting:
+                return MeasuredRow(row, origin, count(sample), group, sample.id)
         except DataError as error:
             return _BrokenRow(row, placed(error, origin), group)
 
-    usable: list[MeasuredRow] = []
+    usable = MeasuredBuilder()
     refused: list[RefusedRow] = []
     batches = (rows[at : at + _ROWS_A_BATCH] for at in range(0, len(rows), _ROWS_A_BATCH))
     with closing(Executor(workers).map(one, batches)) as measured:
         for found in (done.result() for batch in measured for done in batch):
             if isinstance(found, MeasuredRow):
                 policy.success()
-                usable.append(found)
+                usable.add(found)
                 continue
             policy.failure(found.error)
             origin, reason = found.error.origin, found.error.message
             refused.append(RefusedRow(found.row, origin, "broken", reason, found.group))
-    return Measured(tuple(usable), tuple(refused))
+    return usable.done(refused)
 
 
-def screen(
-    measured: Measured, *, capacity: int, max_documents: int | None, policy: FailurePolicy
-) -> Measured:
-    """Refuse what no pack can hold: rows and groups too long, and groups with a broken row.
+@dataclass(frozen=True, slots=True, eq=False)
+class Units:
+    """What is packed whole, in order of first appearance: rows without a group, and groups.
+
+    `places[starts[u] : starts[u + 1]]` are the rows of unit u.
+    """
+
+    places: IntColumn
+    starts: IntColumn
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def sizes(self) -> IntColumn:
+        """Documents of each unit."""
+        return np.diff(self.starts)
+
+    def sums(self, costs: IntColumn) -> IntColumn:
+        """Of (rows, budgets) for each unit."""
+        if not len(self):
+            return np.zeros((0, costs.shape[1]), dtype=np.int64)
+        sums: IntColumn = np.add.reduceat(costs[self.places], self.starts[:-1], axis=0)
+        return sums
+
+    def rows_of(self, units: IntColumn) -> IntColumn:
+        """The rows of some units, one unit after another."""
+        sizes = self.sizes[units]
+        before = np.cumsum(sizes) - sizes
+        within = np.arange(sizes.sum()) + np.repeat(self.starts[units] - before, sizes)
+        rows: IntColumn = self.places[within]
+        return rows
+
+
+def units_of(measured: Measured) -> Units:
+    """The units of the usable rows."""
+    group, rows = measured.columns["group"], np.arange(len(measured))
+    keys = np.where(group == NONE, rows, len(rows) + group)
+    _, first, inverse, sizes = np.unique(
+        keys, return_index=True, return_inverse=True, return_counts=True
+    )
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return Units(
+        np.argsort(rank[inverse], kind="stable"), np.concatenate([[0], np.cumsum(sizes[order])])
+    )
+
+
+def costs_of(measured: Measured, limits: PackLimits) -> IntColumn:
+    """(rows, budgets): what each row takes of what `limits.given()` names."""
+    lengths = measured.lengths
+    costs = {
+        "positions": lengths,
+        "documents": np.ones_like(lengths),
+        "patches": measured.columns["patches"],
+        "frames": measured.columns["frames"],
+        "squares": lengths * lengths,
+    }
+    return np.stack([costs[name] for name in limits.given()], axis=1)
+
+
+def screen(measured: Measured, *, limits: PackLimits, policy: FailurePolicy) -> Measured:
+    """Refuse or shorten what no pack can hold: long rows and groups, groups with a broken row.
 
     Raises:
         DataError: a row or group is too long and the policy calls that an error.
     """
-    by_group: dict[Hashable, list[MeasuredRow]] = {}
-    for row in measured.rows:
-        by_group.setdefault(("row", row.row) if row.group is None else row.group, []).append(row)
+    units, costs = units_of(measured), costs_of(measured, limits)
+    most = np.array(list(limits.given().values()))
     incomplete = {row.group: row.row for row in measured.refused if row.group is not None}
-    kept: list[MeasuredRow] = []
-    refused = list(measured.refused)
-    for group, rows in by_group.items():
-        reason = _too_long(rows, capacity, max_documents)
+    broken = [n for n, group in enumerate(measured.groups) if group in incomplete]
+    lost = np.isin(measured.columns["group"], broken).astype(np.int64)
+    over = (units.sums(costs) > most).any(axis=1) | units.sums(lost[:, None]).any(axis=1)
+    keep = np.ones(len(measured), dtype=bool)
+    refused, cuts = list(measured.refused), dict[int, int]()
+    rows = measured.rows
+    for unit in np.flatnonzero(over).tolist():
+        places = units.places[units.starts[unit] : units.starts[unit + 1]].tolist()
+        held = [rows[place] for place in places]
+        group = held[0].group
         if group in incomplete:
             reason = f"row {incomplete[group]} of its group cannot be used"
-        elif reason and policy.too_long == "error":
-            raise DataError(
-                f"{reason}; raise the capacity, shorten the row, or set too_long to drop",
-                rows[0].origin,
-            )
-        if reason:
-            refused += [RefusedRow(r.row, r.origin, "dropped", reason, r.group) for r in rows]
+        elif policy.too_long == "truncate":
+            found, reason = cut_to_fit(held, limits)
+            cuts |= dict(zip(places, found, strict=True)) if found else {}
         else:
-            kept += rows
-    kept.sort(key=lambda row: row.row)
+            reason = _too_long(costs[places].sum(axis=0).tolist(), len(held), limits)
+            _refuse_long(reason, held[0].origin, policy)
+        if reason:
+            keep[places] = False
+            refused += [RefusedRow(r.row, r.origin, "dropped", reason, r.group) for r in held]
     refused.sort(key=lambda row: row.row)
-    return Measured(tuple(kept), tuple(refused))
+    return _shortened(measured, cuts).taken(keep, refused)
 
 
-def _too_long(rows: Sequence[MeasuredRow], capacity: int, max_documents: int | None) -> str:
-    length = sum(row.length for row in rows)
-    subject = "an item" if len(rows) == 1 else f"a group of {len(rows)} items"
-    if length > capacity:
-        return f"{subject} longer than the pack: {length} positions, and a pack holds {capacity}"
-    if max_documents is not None and len(rows) > max_documents:
-        return f"{subject} does not fit in one pack of at most {max_documents} documents"
-    return ""
-
-
-def plan_epoch(
-    lengths: Sequence[int],
-    *,
-    seed: int,
-    epoch: int,
-    capacity: int,
-    max_documents: int | None = None,
-    groups: Sequence[Hashable | None] | None = None,
-    shuffle: bool = True,
-    window: int = WINDOW,
-) -> list[tuple[int, ...]]:
-    """The packs of an epoch, as places in `lengths`; the same arguments give the same packs.
-
-    Rows are shuffled before packing and packs after it, so that the emptiest are not always last.
-
-    Raises:
-        DataError: a row or group that no pack can hold; `screen` refuses them first.
-    """
-    units: list[Unit[int]] = make_units(range(len(lengths)), lengths, groups)
-    random = np.random.default_rng([seed, epoch])
-    if shuffle:
-        units = [units[place] for place in random.permutation(len(units)).tolist()]
-    packs = [
-        tuple(pack)
-        for pack in best_fit(units, capacity=capacity, max_documents=max_documents, window=window)
-    ]
-    return [packs[p] for p in random.permutation(len(packs)).tolist()] if shuffle else packs
-
-
-@dataclass(frozen=True, slots=True)
-class PlanSummary:
-    """What `plait plan` prints about the data.
-
-    `fill` counts every pack in full, the emptiest too. `largest_pack` is in positions.
-    """
-
-    samples: Mapping[str, int]
-    positions: Mapping[str, int]
-    capacity: int
-    packs: int
-    fill: float
-    largest_pack: int
-    refused: tuple[RefusedRow, ...]
-
-    def reasons(self) -> dict[str, dict[str, int]]:
-        """How many rows were refused, by status and reason."""
-        found: dict[str, dict[str, int]] = {}
-        for row in self.refused:
-            by_reason = found.setdefault(row.status, {})
-            by_reason[row.reason] = by_reason.get(row.reason, 0) + 1
-        return found
-
-
-def summarise(measured: Measured, packs: Sequence[Sequence[int]], *, capacity: int) -> PlanSummary:
-    """Add up a plan: `packs` are places in `measured.rows`, as `plan_epoch` gives them."""
-    samples: dict[str, int] = {}
-    positions: dict[str, int] = {}
-    for row in measured.rows:
-        samples[row.origin.dataset] = samples.get(row.origin.dataset, 0) + 1
-        for medium, number in row.positions.items():
-            positions[medium] = positions.get(medium, 0) + number
-    lengths = measured.lengths
-    taken = [sum(lengths[place] for place in pack) for pack in packs]
-    return PlanSummary(
-        samples=samples,
-        positions=positions,
-        capacity=capacity,
-        packs=len(packs),
-        fill=fill_of(taken, capacity),
-        largest_pack=max(taken, default=0),
-        refused=measured.refused,
+def _shortened(measured: Measured, cuts: dict[int, int]) -> Measured:
+    """The rows without the positions that are cut off the ends of some."""
+    if not any(cuts.values()):
+        return measured
+    cut, text = measured.columns["cut"].copy(), measured.positions["text"].copy()
+    places, counts = np.array(list(cuts)), np.array(list(cuts.values()))
+    cut[places] += counts
+    text[places] -= counts
+    return replace(
+        measured,
+        columns={**measured.columns, "cut": cut},
+        positions={**measured.positions, "text": text},
     )
+
+
+def _refuse_long(reason: str, origin: Origin, policy: FailurePolicy) -> None:
+    if policy.too_long == "error":
+        raise DataError(
+            f"{reason}; raise the limit, shorten the row, or set too_long to drop or truncate",
+            origin,
+        )
+
+
+def _too_long(costs: Sequence[int], documents: int, limits: PackLimits) -> str:
+    """Why no pack can hold what takes `costs`."""
+    subject = "an item" if documents == 1 else f"a group of {documents} items"
+    for (name, limit), cost in zip(limits.given().items(), costs, strict=True):
+        if cost <= limit:
+            continue
+        if name == "positions":
+            return f"{subject} longer than the pack: {cost} positions, and a pack holds {limit}"
+        if name == "documents":
+            return f"{subject} does not fit in one pack of at most {limit} documents"
+        return f"{subject} does not fit in one pack of at most {limit} {name}: it has {cost}"
+    return ""

@@ -1,10 +1,16 @@
 """What happens to rows that cannot be used, and how many may break before a run stops."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from plait.errors import ConfigError, DataError, FailureBudgetError, Origin
+
+TooLong = Literal["drop", "error", "truncate"]
+
+REASONS_SHOWN = 5
+"""Reasons that the summary of a stopped run counts, the most frequent first."""
 
 
 @dataclass(slots=True)
@@ -24,8 +30,9 @@ class FailurePolicy:
     max_total: int | None = 100
     """Broken rows of a run that are still skipped; None: any number."""
 
-    too_long: Literal["drop", "error"] = "error"
-    """What happens to a row that is longer than a pack."""
+    too_long: TooLong = "error"
+    """What happens to a row that no pack can hold; "truncate" cuts text off its end, after its
+    last media item, and drops it where that does not help."""
 
     _consecutive: int = field(default=0, init=False)
     _broken: dict[tuple[str, int | None, str], str] = field(default_factory=dict, init=False)
@@ -33,8 +40,8 @@ class FailurePolicy:
     def __post_init__(self) -> None:
         if self.on_error not in ("raise", "skip"):
             raise ConfigError(f"on_error is 'raise' or 'skip', not {self.on_error!r}")
-        if self.too_long not in ("drop", "error"):
-            raise ConfigError(f"too_long is 'drop' or 'error', not {self.too_long!r}")
+        if self.too_long not in get_args(TooLong):
+            raise ConfigError(f"too_long is 'drop', 'error' or 'truncate', not {self.too_long!r}")
         for name in ("max_consecutive", "max_total"):
             limit = getattr(self, name)
             if limit is not None and limit < 0:
@@ -77,9 +84,16 @@ class FailurePolicy:
         last = [f"{message} ({Origin(*key)})" for key, message in self._broken.items()][-3:]
         raise FailureBudgetError(
             f"at most {limit} broken rows {which} are skipped and {found} broke; mend or remove "
-            f"them, or raise {name}. The last: " + "; ".join(last),
+            f"them, or raise {name}. Broken so far: {self.summary()}. The last: " + "; ".join(last),
             error.origin,
         ) from error
+
+    def summary(self) -> str:
+        """The rows that broke, counted by reason: "7: a picture must be whole; 2: ..."."""
+        reasons = Counter(self._broken.values()).most_common()
+        shown = [f"{number}: {reason}" for reason, number in reasons[:REASONS_SHOWN]]
+        rest = sum(number for _, number in reasons[REASONS_SHOWN:])
+        return "; ".join([*shown, *([f"{rest}: other reasons"] if rest else [])])
 
     def state_dict(self) -> dict[str, Any]:
         """The counters, ready for JSON. The limits are settings and not part of it."""

@@ -5,6 +5,7 @@
     │   └── UnknownNameError  LookupError        a name nobody registered; the nearest is offered
     ├── DataError             ValueError         a row that cannot be used: dataset, row, file
     │   ├── MediaError                           a picture, sound or film that cannot be decoded
+    │   │   └── DecodeTimeoutError               one whose decoding took too long and was ended
     │   ├── RenderError                          a sample that cannot become labelled positions
     │   └── FailureBudgetError                   too many broken rows
     ├── CheckpointError       RuntimeError       a checkpoint that cannot be written or read
@@ -113,6 +114,10 @@ class DataError(PlaitError, ValueError):
 
 class MediaError(DataError):
     """A picture, sound or film that cannot be read or decoded, or is over a limit."""
+
+
+class DecodeTimeoutError(MediaError):
+    """A picture, sound or film whose decoding took longer than it may, and was ended."""
 
 
 class RenderError(DataError):

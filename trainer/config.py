@@ -14,7 +14,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from plait.datasets.policy import TooLong
 from plait.datasets.records.captions import CaptionOptions
+from plait.datasets.settings import Packing
 from plait.datasets.splits import SplitOptions
 from plait.datasets.views import Views
 from plait.errors import ConfigError, UnknownNameError
@@ -39,16 +41,20 @@ class BrokenRows:
     max_total: int | None = 100
     """Broken rows of a run that are still skipped; null is no limit."""
 
-    too_long: Literal["drop", "error"] = "error"
-    """What happens to a row longer than a pack."""
+    too_long: TooLong = "error"
+    """What happens to a row that no pack can hold: "truncate" cuts text off its end, after its
+    last media item, and drops it where that does not help."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Rows, and which of them are held out."""
+class DatasetConfig:
+    """One dataset: where its rows are and how they are read."""
 
-    path: str
+    path: str | None = None
     """A folder of pictures, a .csv or .jsonl file, or `fetched:<name>`."""
+
+    name: str | None = None
+    """What logs, messages and the ledger call it; the file's or folder's own name by default."""
 
     dialect: Literal["jsonl", "csv", "folder"] | None = None
     """How to read it; recognised from the path by default."""
@@ -59,9 +65,73 @@ class DataConfig:
     captions: CaptionOptions | None = None
     """How texts become answers; for pictures with captions."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class BlendEntry:
+    """A dataset of a blend, and how much of it is drawn."""
+
+    data: DatasetConfig
+
+    weight: float = 1.0
+    """Its share of the rows drawn, relative to the other weights of the blend."""
+
+    epochs: int | None = None
+    """Passes over its training rows at most, after which its share goes to the others; null is
+    any number. A blend of which all have ended ends the training."""
+
+    split: SplitOptions | None = None
+    """Which of its rows are held out; `data.split` by default."""
+
+    def __post_init__(self) -> None:
+        if self.data.path is None:
+            raise ConfigError("each dataset of data.blend needs a path; one has none")
+        check_number("data.blend.weight", self.weight, "(0, inf)")
+        if self.epochs is not None:
+            check_number("data.blend.epochs", self.epochs, "[1, inf)", whole=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(DatasetConfig):
+    """Rows, of one dataset or of a blend of several, and which of them are held out."""
+
+    blend: list[BlendEntry] | None = None
+    """Several datasets, each with a weight, instead of `path` and what belongs to it."""
+
     split: SplitOptions = field(default_factory=SplitOptions)
+    """Which rows are held out, of each dataset."""
+
     broken: BrokenRows = field(default_factory=BrokenRows)
     limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.blend is None):
+            raise ConfigError(
+                "a run needs exactly one of data.path and data.blend; "
+                + ("neither is set" if self.path is None else "both are set")
+            )
+        if self.blend is None:
+            return
+        if not self.blend:
+            raise ConfigError("data.blend needs at least one dataset; it is empty")
+        for own in fields(DatasetConfig):
+            if getattr(self, own.name) is not None:
+                raise ConfigError(
+                    f"data.{own.name} is of a single dataset; with data.blend, set it in the "
+                    "entry of the dataset that is meant"
+                )
+
+    @property
+    def datasets(self) -> list[BlendEntry]:
+        """The datasets of the blend, or the single one as a blend of one."""
+        if self.blend is not None:
+            return self.blend
+        own = {own.name: getattr(self, own.name) for own in fields(DatasetConfig)}
+        return [BlendEntry(data=DatasetConfig(**own))]
+
+    @property
+    def described(self) -> str:
+        """The paths in one line."""
+        return " + ".join(str(entry.data.path) for entry in self.datasets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +146,20 @@ class TrainConfig:
 
     max_documents: int | None = None
     """Samples of a pack at most; null is no limit."""
+
+    max_patches: int | None = None
+    """Positions of a pack that pictures fill at most; null is no limit."""
+
+    max_frames: int | None = None
+    """Frames of films in a pack at most; null is no limit."""
+
+    max_squares: int | None = None
+    """The sum of the squared lengths of a pack's samples at most, to which the time of attention
+    is proportional; null is no limit."""
+
+    packing: Packing = "stream"
+    """"stream" packs rows in their shuffled order, a window of them at a time; "decreasing" sorts
+    all by length, which fills packs a little better and mixes lengths less."""
 
     accumulate: int = 1
     """Packs of one optimiser step."""
@@ -102,6 +186,9 @@ class TrainConfig:
     prefetch: int = 4
     """Packs prepared ahead."""
 
+    prefetch_mb: int = 512
+    """What prepared packs may hold, in 10^6 bytes, before decoding waits."""
+
     cache_features: bool = True
     """Compute the features of frozen encoders once, and keep them under $PLAIT_HOME."""
 
@@ -123,7 +210,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         least = {"steps": 1, "capacity": 2, "accumulate": 1, "warmup": 0, "validate_every": 1,
                  "checkpoint_every": 1, "keep_checkpoints": 1, "cache_memory_mb": 0,
-                 "patience": 1, "max_documents": 1, "workers": 0, "prefetch": 0}  # fmt: skip
+                 "patience": 1, "max_documents": 1, "workers": 0, "prefetch": 0, "prefetch_mb": 0,
+                 "max_patches": 0, "max_frames": 0, "max_squares": 1}  # fmt: skip
         for name, low in least.items():
             if getattr(self, name) is not None and getattr(self, name) < low:
                 raise ConfigError(
@@ -247,7 +335,7 @@ def plain(config: RunConfig) -> dict[str, Any]:
 def _listed(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _listed(inner) for key, inner in value.items()}
-    return [_listed(inner) for inner in value] if isinstance(value, tuple) else value
+    return [_listed(inner) for inner in value] if isinstance(value, tuple | list) else value
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -294,6 +382,9 @@ def _descend(hint: Any, value: Any, where: str) -> None:
     elif get_origin(hint) in (Union, types.UnionType):
         for option in arguments:
             _descend(option, value, where)
+    elif get_origin(hint) is list and isinstance(value, list):
+        for number, inner in enumerate(value):
+            _descend(arguments[0], inner, f"{where}.{number}")
     elif len(arguments) == 2 and is_dataclass(arguments[1]) and isinstance(value, Mapping):
         for key, inner in value.items():
             _descend(arguments[1], inner, f"{where}.{key}")

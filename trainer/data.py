@@ -1,24 +1,32 @@
 """A run's rows: opened, split, and their classes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from plait.datasets.blend import Joined, Share
 from plait.datasets.fetch import dataset_folder
 from plait.datasets.records import Records, open_records
 from plait.datasets.splits import Splits, split
-from plait.errors import DataError, Origin
+from plait.errors import ConfigError, DataError, Origin
 from plait.stream import Sample
-from plait.trainer.config import FETCHED, DataConfig
+from plait.trainer.config import FETCHED, BlendEntry, DataConfig
 
 
 @dataclass(slots=True)
 class RunData:
-    """Rows and their split. `classes` are the labels of training rows, sorted."""
+    """Rows, numbered through all datasets, and their split.
 
-    records: Records
+    `classes` are the labels of training rows, sorted; `shares` are the datasets, in the order of
+    their rows.
+    """
+
+    records: Sequence[Sample]
     splits: Splits
     classes: list[str]
+    shares: list[Share]
+    left_out: list[tuple[Origin, str]]
+    """Files that never became rows, and why."""
 
     def samples(self, rows: list[int]) -> list[Sample]:
         return [self.records[row] for row in rows]
@@ -31,42 +39,92 @@ class RunData:
     def validation(self) -> list[Sample]:
         return self.samples(self.splits.validation)
 
-    @property
-    def left_out(self) -> list[tuple[Origin, str]]:
-        """Files that never became rows, and why."""
-        name = self.records.name
-        return [(Origin(name, None, item.file), item.reason) for item in self.records.left_out]
+    def dataset_of(self, row: int) -> str:
+        """The name of a row's dataset."""
+        return next(share.name for share in self.shares if row in share.rows)
 
 
 def open_data(config: DataConfig, progress: Callable[[int, int], None] | None = None) -> RunData:
-    """Open and split the rows that `config` names.
+    """Open and split the rows that `config` names; each dataset is split by itself.
 
     Args:
         progress: Called with (done, all) while near-duplicates are looked for: each picture is
             hashed, then compared.
 
     Raises:
-        FetchError: the dataset has not been fetched yet.
-        DataError, ConfigError: it cannot be read.
+        FetchError: a dataset has not been fetched yet.
+        DataError, ConfigError: one cannot be read, or two have one name.
     """
-    records = open_records(
-        locate(config.path),
-        dialect=config.dialect,
-        media_dir=config.media_dir,
-        captions=config.captions,
-    )
-    splits = split(records, config.split, limits=config.limits, progress=progress)
-    splits = replace(splits, notes=(*splits.notes, *records.notes()))
-    labels = {label for label in (_label(records, row) for row in splits.train) if label}
-    return RunData(records, splits, sorted(labels))
+    entries = config.datasets
+    opened = [_open(entry) for entry in entries]
+    _check_names(opened)
+    found = [
+        split(records, entry.split or config.split, limits=config.limits, progress=progress)
+        for records, entry in zip(opened, entries, strict=True)
+    ]
+    joined = Joined(opened)
+    notes = [note for records in opened for note in records.notes()]
+    splits = _joined_splits(found, joined.starts)
+    splits = replace(splits, notes=(*splits.notes, *notes))
+    labels = {label for label in (_label(joined, row) for row in splits.train) if label}
+    shares = [
+        Share(
+            name=records.name,
+            rows=range(start, start + len(records)),
+            weight=entry.weight,
+            epochs=entry.epochs,
+        )
+        for records, entry, start in zip(opened, entries, joined.starts, strict=False)
+    ]
+    left_out = [
+        (Origin(records.name, None, item.file), item.reason)
+        for records in opened
+        for item in records.left_out
+    ]
+    rows = opened[0] if len(opened) == 1 else joined
+    return RunData(rows, splits, sorted(labels), shares, left_out)
 
 
 def locate(path: str) -> Path:
     return dataset_folder(path.removeprefix(FETCHED)) if path.startswith(FETCHED) else Path(path)
 
 
-def _label(records: Records, row: int) -> str:
+def _open(entry: BlendEntry) -> Records:
+    data = entry.data
+    return open_records(
+        locate(data.path or ""),
+        name=data.name or "",
+        dialect=data.dialect,
+        media_dir=data.media_dir,
+        captions=data.captions,
+    )
+
+
+def _check_names(opened: Sequence[Records]) -> None:
+    seen: dict[str, Path] = {}
+    for records in opened:
+        if records.name in seen:
+            raise ConfigError(
+                f"the datasets of a blend need names of their own; {seen[records.name]} and "
+                f"{records.path} are both called {records.name!r}: give one a data.name"
+            )
+        seen[records.name] = records.path
+
+
+def _joined_splits(found: Sequence[Splits], starts: Sequence[int]) -> Splits:
+    """The splits of all datasets, their rows numbered through."""
+    pairs = list(zip(found, starts, strict=False))
+    return Splits(
+        train=[row + start for one, start in pairs for row in one.train],
+        validation=[row + start for one, start in pairs for row in one.validation],
+        test=[row + start for one, start in pairs for row in one.test],
+        moved=sum(one.moved for one in found),
+        notes=tuple(note for one in found for note in one.notes),
+    )
+
+
+def _label(samples: Sequence[Sample], row: int) -> str:
     try:
-        return records[row].label
+        return samples[row].label
     except DataError:
         return ""  # a broken row is the loader's to report

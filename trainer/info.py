@@ -3,6 +3,7 @@
 import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -80,7 +81,7 @@ def _run(folder: Path, console: Console) -> None:
     steps = sorted((folder / "checkpoints").glob("step-*"))
     rows = {
         "recipe": config["name"],
-        "data": config["data"]["path"],
+        "data": _paths(config["data"]),
         "language model": config["model"]["language"],
         "newest checkpoint": steps[-1].name if steps else "none",
         "finished": "yes" if file.is_file() else "no",
@@ -90,6 +91,11 @@ def _run(folder: Path, console: Console) -> None:
         from plait.trainer.summary import print_metrics
 
         print_metrics(json.loads(file.read_text(encoding="utf-8")), console)
+
+
+def _paths(data: dict[str, Any]) -> str:
+    blend = data.get("blend")
+    return " + ".join(one["data"]["path"] for one in blend) if blend else str(data["path"])
 
 
 def _checkpoint(folder: Path, console: Console) -> None:

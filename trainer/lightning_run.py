@@ -22,6 +22,9 @@ from plait.trainer.model import PlaitModel
 from plait.trainer.optimiser import make_optimizer, prepare_step, refuse_untrained
 from plait.trainer.schedule import settings_at
 
+ROWS_DRAWN = "rows/"
+"""Before the name of a dataset: its rows trained on so far, in logs."""
+
 
 @dataclass(slots=True)
 class Progress:
@@ -73,7 +76,7 @@ class PlaitModule(lightning.LightningModule):
         """Nothing is left to do; a resumed run knows it from the checkpoint."""
         patience = self.config.patience
         impatient = patience is not None and self.progress.validations_since_best >= patience
-        return impatient or self.progress.step >= self.config.steps
+        return impatient or self.progress.step >= self.config.steps or self.loader.ended
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer
@@ -95,6 +98,11 @@ class PlaitModule(lightning.LightningModule):
         if self._packs == self.config.accumulate:
             self._step()
 
+    def on_train_epoch_end(self) -> None:
+        """Where the rows have ended, what is left of them makes a last, smaller step."""
+        if self._packs:
+            self._step()
+
     def _step(self) -> None:
         if self.progress.step == 0:
             refuse_untrained(self.model)
@@ -112,12 +120,16 @@ class PlaitModule(lightning.LightningModule):
             "lr": settings.learning_rate,
             "positions": float(self._positions),
         }
+        drawn = self.loader.drawn
+        if len(drawn) > 1:
+            metrics |= {f"{ROWS_DRAWN}{name}": float(count) for name, count in drawn.items()}
         self._loss = self._weight = 0.0
         self._packs = self._positions = 0
         self._after_step(metrics)
 
     def _after_step(self, metrics: dict[str, float]) -> None:
         step, last = self.progress.step, self.progress.step == self.config.steps
+        last = last or self.loader.ended
         if step % self.config.validate_every == 0 or last:
             validation = self._validate()
             if validation is not None:

@@ -6,6 +6,7 @@ what only grows during a run (cached features) is added by arithmetic.
 """
 
 import importlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from plait.datasets.planning import PlanSummary, plan_epoch, summarise
+from plait.datasets.schedule import Block, PlanSummary, Schedule, summarise
+from plait.datasets.truncation import truncated
 from plait.stream import Item
 from plait.stream import pack as join
 from plait.trainer.build import build, parameter_counts
@@ -30,7 +32,9 @@ class TrainingPlan:
     """What `plait plan` prints. Memory is in MB (10^6 bytes) of resident memory."""
 
     rows: PlanSummary
-    held_out: dict[str, int]
+    held_out: dict[str, dict[str, int]]
+    """Rows of validation and test, by dataset."""
+
     steps: int
     packs_per_step: int
     parameters: dict[str, dict[str, int]]
@@ -64,7 +68,10 @@ def plan(config: RunConfig) -> TrainingPlan:
     splits = bench.data.splits
     return TrainingPlan(
         rows=summary,
-        held_out={"validation": len(splits.validation), "test": len(splits.test)},
+        held_out={
+            "validation": Counter(bench.data.dataset_of(row) for row in splits.validation),
+            "test": Counter(bench.data.dataset_of(row) for row in splits.test),
+        },
         steps=config.train.steps,
         packs_per_step=config.train.accumulate,
         parameters=parameter_counts(bench.built.model),
@@ -73,18 +80,11 @@ def plan(config: RunConfig) -> TrainingPlan:
     )
 
 
-def _packs(bench: Workbench) -> tuple[PlanSummary, list[tuple[int, ...]]]:
-    """The first epoch's packs, as places among the measured rows."""
+def _packs(bench: Workbench) -> tuple[PlanSummary, Block]:
+    """The packs of the first epoch (of a blend: the first block), among the measured rows."""
     settings, measured = bench.loader_settings, bench.screened
-    packs = plan_epoch(
-        measured.lengths,
-        seed=settings.seed,
-        epoch=0,
-        capacity=settings.capacity,
-        max_documents=settings.max_documents,
-        groups=measured.groups,
-    )
-    return summarise(measured, packs, capacity=settings.capacity), packs
+    packs = Schedule(measured, settings, bench.data.shares).block(0)
+    return summarise(measured, packs, limits=settings), packs
 
 
 def _encode_largest(bench: Workbench, batches: Sequence[Sequence[Item]]) -> None:
@@ -93,11 +93,14 @@ def _encode_largest(bench: Workbench, batches: Sequence[Sequence[Item]]) -> None
         bench.loading.encode(batch[0].plan.encoder, [bench.loading.decode(i) for i in batch])
 
 
-def _rehearse(bench: Workbench, packs: Sequence[tuple[int, ...]]) -> None:
+def _rehearse(bench: Workbench, packs: Block) -> None:
     """One optimiser step on the largest pack, on weights that are thrown away."""
-    rows = bench.screened.rows
-    largest = max(packs, key=lambda pack: sum(rows[place].length for place in pack))
-    documents = [bench.render(bench.data.records[rows[place].row]) for place in largest]
+    rows, lengths = bench.screened.rows, bench.screened.lengths
+    largest = max(packs, key=lambda pack: int(lengths[list(pack)].sum()))
+    documents = [
+        truncated(bench.render(bench.data.records[rows[place].row]), rows[place].length)
+        for place in largest
+    ]
     inputs = [[bench.loading(item) for item in document.items] for document in documents]
     model = bench.built.model.train()
     optimizer = make_optimizer(model)
@@ -124,7 +127,8 @@ def print_plan(found: TrainingPlan, console: Console) -> None:
     for column in ("dataset", "train", *found.held_out):
         table.add_column(column)
     for name, count in rows.samples.items():
-        table.add_row(name, str(count), *(str(held) for held in found.held_out.values()))
+        held_out = (str(held.get(name, 0)) for held in found.held_out.values())
+        table.add_row(name, str(count), *held_out)
     console.print(table)
     packing = Table(title="packs", title_justify="left", show_header=False)
     for medium, positions in rows.positions.items():
@@ -132,6 +136,8 @@ def print_plan(found: TrainingPlan, console: Console) -> None:
     packing.add_row("packs an epoch", str(rows.packs))
     packing.add_row("fill of a pack", f"{rows.fill:.3f} of {rows.capacity} positions")
     packing.add_row("largest pack", f"{rows.largest_pack} positions")
+    if rows.cut:
+        packing.add_row("rows cut to fit", str(rows.cut))
     epochs = found.steps * found.packs_per_step / max(1, rows.packs)
     packing.add_row("steps", f"{found.steps} ({epochs:.1f} epochs)")
     console.print(packing)

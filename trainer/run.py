@@ -4,7 +4,7 @@ runs/stamps/
   run.json          the recipe as it was understood
   before.json       measured before training
   checkpoints/      step-000050/ ... to resume from; best-000075/ the weights that were kept
-  ledger.jsonl      what became of every row
+  ledger.jsonl      what became of every row; timeouts.jsonl what a clock dropped
   logs/             CSV and TensorBoard
   losses.csv  metrics.json  captions.json
 """
@@ -42,7 +42,7 @@ from plait.trainer.evaluation.exchanges import answer_of, prompt_text
 from plait.trainer.evaluation.nll import nll, per_token
 from plait.trainer.evaluation.suite import Measured
 from plait.trainer.files import remove_leftovers, write_json, writing
-from plait.trainer.lightning_run import Hooks, PlaitModule, Progress, fit
+from plait.trainer.lightning_run import ROWS_DRAWN, Hooks, PlaitModule, Progress, fit
 from plait.trainer.phases import Phases
 from plait.trainer.progress import bar
 from plait.trainer.reports.showing import show
@@ -65,7 +65,8 @@ class TrainingRun:
         self.folder = config.folder
         self.phases = Phases()
         self._stop = threading.Event()
-        self._losses = LossTable(self.folder / "losses.csv")
+        self._rows: dict[str, int] = {}
+        self._losses: LossTable
 
     def execute(self) -> dict[str, Any]:
         """Raises:
@@ -128,6 +129,7 @@ class TrainingRun:
         return [test[i * len(test) // count] for i in range(count)]
 
     def train(self, bench: Workbench) -> Progress:
+        self._losses = LossTable(self.folder / "losses.csv", _row_columns(bench))
         with (
             self.phases("train"),
             closing(Ledger(self.folder / "ledger.jsonl")) as ledger,
@@ -137,6 +139,7 @@ class TrainingRun:
             self._resume(bench.built, module, loader)
             if not module.finished:
                 self._fit(module)
+            self._rows = loader.drawn
         progress = module.progress
         if not module.finished:
             raise Interrupted(
@@ -314,6 +317,7 @@ class TrainingRun:
                 "test": len(splits.test),
                 "moved": splits.moved,
                 "classes": bench.data.classes,
+                "rows": self._rows,
             },
             "notes": list(dict.fromkeys(notes)),
             "config": plain(self.config),
@@ -321,6 +325,12 @@ class TrainingRun:
             "threads": torch.get_num_threads(),
             "versions": {name: version(name) for name in VERSIONS},
         }
+
+
+def _row_columns(bench: Workbench) -> list[str]:
+    """The columns that say how many rows of each dataset of a blend were trained on so far."""
+    names = [share.name for share in bench.data.shares]
+    return [f"{ROWS_DRAWN}{name}" for name in names] if len(names) > 1 else []
 
 
 def _caption_row(sample: Sample, before: str, after: str, limits: Limits) -> dict[str, Any]:

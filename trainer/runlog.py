@@ -9,7 +9,7 @@ import csv
 import io
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,14 @@ def make_loggers(folder: Path, start: int) -> list[Any]:
 
 
 class LossTable:
-    """losses.csv: one row per step, written as it is made."""
+    """losses.csv: one row per step, written as it is made.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        more: Columns after `COLUMNS`.
+    """
+
+    def __init__(self, path: Path, more: Sequence[str] = ()) -> None:
+        self.path, self.columns = path, (*COLUMNS, *more)
 
     def append(self, metrics: Mapping[str, float], step: int) -> None:
         """Write the row of a step.
@@ -42,7 +46,7 @@ class LossTable:
         Raises:
             CheckpointError: the disk is full.
         """
-        self._write(_line([{"step": step, **metrics}.get(name, "") for name in COLUMNS]))
+        self._write(_line([{"step": step, **metrics}.get(name, "") for name in self.columns]))
 
     def state(self) -> int:
         """The table's length in bytes, all of it safely on the disk."""
@@ -66,7 +70,7 @@ class LossTable:
             os.truncate(self.path, length)
         else:
             self.path.unlink(missing_ok=True)
-            self._write(_line(COLUMNS))
+            self._write(_line(self.columns))
 
     def _write(self, line: bytes) -> None:
         try:

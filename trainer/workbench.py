@@ -5,11 +5,14 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from plait.datasets.columns import Measured, RowCounts
 from plait.datasets.executor import Executor
 from plait.datasets.fetch import home
+from plait.datasets.headers import HeaderCache
+from plait.datasets.journal import Journal
 from plait.datasets.ledger import Ledger
 from plait.datasets.loader import Loader
-from plait.datasets.planning import Measured, measure, placed, positions_by_medium, screen
+from plait.datasets.planning import counts_of, measure, placed, screen
 from plait.datasets.policy import FailurePolicy
 from plait.datasets.settings import LoaderSettings
 from plait.encoders.feature_cache import FeatureCache
@@ -34,6 +37,10 @@ class Workbench:
     held_out_broken: list[tuple[Origin, str]] = field(default_factory=list)
     """Held-out rows that `check_held_out` could not read, and why."""
 
+    def __post_init__(self) -> None:
+        for encoder in self.encoders.values():
+            encoder.headers = self.headers
+
     def render(self, sample: Sample, for_generation: bool = False) -> Document:
         """Render and check guarantee 1: placeholders equal promised features."""
         document = render(sample, self.built.tokenizer, self.built.layout, for_generation)
@@ -43,6 +50,11 @@ class Workbench:
     @cached_property
     def encoders(self) -> dict[str, MediaEncoder]:
         return {name: self.built.model.media_encoder(name) for name in self.built.model.encoders}
+
+    @cached_property
+    def headers(self) -> HeaderCache:
+        """Headers of media files, read once for all runs."""
+        return HeaderCache(home() / "headers")
 
     @cached_property
     def loading(self) -> ItemLoader:
@@ -91,35 +103,43 @@ class Workbench:
         return LoaderSettings(
             capacity=train.capacity,
             max_documents=train.max_documents,
+            max_patches=train.max_patches,
+            max_frames=train.max_frames,
+            max_squares=train.max_squares,
+            packing=train.packing,
             seed=self.config.seed,
             workers=train.workers,
             prefetch=train.prefetch,
+            prefetch_bytes=train.prefetch_mb * 1_000_000,
             views=self.config.views.count,
         )
 
     @cached_property
     def measured(self) -> Measured:
-        """Positions of every training row, from headers and texts."""
-        return measure(
-            self.data.records,
-            lambda sample: positions_by_medium(self.render(sample)),
-            indices=self.data.splits.train,
-            policy=self.policy,
-            workers=0,
-        )
+        """What every training row takes, from headers and texts."""
+        limits = self.config.data.limits
+        try:
+            return measure(
+                self.data.records,
+                self._counts,
+                indices=self.data.splits.train,
+                policy=self.policy,
+                workers=self.config.train.workers,
+                prepare=lambda sample: self.headers.read_ahead(sample, limits),
+            )
+        finally:
+            self.headers.flush()
+
+    def _counts(self, sample: Sample) -> RowCounts:
+        return counts_of(self.render(sample))
 
     @property
     def screened(self) -> Measured:
         """The measured rows without those that no pack can hold."""
-        train = self.config.train
-        return screen(
-            self.measured,
-            capacity=train.capacity,
-            max_documents=train.max_documents,
-            policy=self.policy,
-        )
+        return screen(self.measured, limits=self.loader_settings, policy=self.policy)
 
     def loader(self, ledger: Ledger | None = None) -> Loader:
+        """The training rows; what times out is written down beside the ledger."""
         return Loader(
             self.data.records,
             self.data.splits.train,
@@ -128,6 +148,8 @@ class Workbench:
             self.loader_settings,
             self.policy,
             ledger,
+            shares=self.data.shares,
+            journal=Journal(ledger.path.with_name("timeouts.jsonl")) if ledger else None,
             measured=self.measured,
             left_out=self.data.left_out,
             broken=self.held_out_broken,
@@ -170,7 +192,7 @@ class Workbench:
                 "a run needs test rows and data.split.test is 0 for this dataset; hold some out"
             )
         rows = self.screened
-        if not rows.rows:
+        if not len(rows):
             refused = rows.refused
             reason = f"; the first: {refused[0].reason}" if refused else ""
             raise DataError(f"a run needs a usable training row and there is none{reason}")

@@ -43,7 +43,7 @@ def test_a_row_counts_once_an_epoch_also_after_reopening(tmp_path: Path) -> None
         ledger.record(0, "broken", Origin("d", 1, "b"))
     ledger.record(1, "used", Origin("d", 1))
     with pytest.raises(CheckpointError, match="once an epoch"):
-        ledger.record(0, "used", Origin("d", 2))
+        ledger.record(0, "used", Origin("d", 1))
     ledger.close()
     with pytest.raises(CheckpointError, match="once an epoch"):
         Ledger(tmp_path / "l").record(1, "used", Origin("d", 1))

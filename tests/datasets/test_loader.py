@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from plait.datasets.columns import Measured, MeasuredRow, RowCounts
 from plait.datasets.ledger import Ledger, count
 from plait.datasets.loader import Loader, LoaderSettings, Pack
-from plait.datasets.planning import Measured, MeasuredRow
 from plait.datasets.policy import FailurePolicy
 from plait.errors import ConfigError, DataError, FailureBudgetError, MediaError, Origin
 from plait.modalities import Image
@@ -294,7 +294,7 @@ def test_settings_and_rows_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="from 0 to 59"):
         World().loader(indices=[60])
     world = World(rows=2)
-    measured = Measured((MeasuredRow(0, Origin("world", 0), {"text": 7}),))
+    measured = Measured.of([MeasuredRow(0, Origin("world", 0), RowCounts(positions={"text": 7}))])
     with pytest.raises(ConfigError, match="same rows"):
         Loader(
             world.samples(), range(2), world.render, world.load, LoaderSettings(capacity=60),

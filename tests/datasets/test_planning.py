@@ -1,20 +1,17 @@
 """Planning: lengths from headers, rows refused by rule, and plans that are pure functions."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
-from plait.datasets.planning import (
-    Measured,
-    measure,
-    plan_epoch,
-    positions_by_medium,
-    screen,
-    summarise,
-)
+from plait.datasets.columns import Measured, MeasuredRow, RowCounts
+from plait.datasets.planning import counts_of, measure, screen
 from plait.datasets.policy import FailurePolicy
+from plait.datasets.schedule import Schedule, summarise
+from plait.datasets.settings import LoaderSettings, PackLimits
 from plait.errors import DataError, FailureBudgetError, MediaError, Origin
 from plait.modalities import Image, Text
 from plait.stream import Document, Item, ItemPlan, Sample, Span
@@ -24,12 +21,28 @@ def sample(row: int, text: str = "abc", group: int | None = None) -> Sample:
     return Sample(parts=(Text(text),), origin=Origin("d", row, f"{row}.png"), group=group)
 
 
-def by_letters(sample: Sample) -> Mapping[str, int]:
+def plan_epoch(
+    lengths: Sequence[int], *, seed: int, epoch: int, groups: Sequence[int | None] | None = None,
+    **settings: Any,
+) -> list[tuple[int, ...]]:  # fmt: skip
+    """The packs of rows of these lengths, as places among them."""
+    rows = [
+        MeasuredRow(
+            row, Origin("d", row), RowCounts(positions={"text": int(length)}),
+            groups[row] if groups else None,
+        )
+        for row, length in enumerate(lengths)
+    ]  # fmt: skip
+    schedule = Schedule(Measured.of(rows), LoaderSettings(seed=seed, **settings))
+    return list(schedule.block(epoch))
+
+
+def by_letters(sample: Sample) -> RowCounts:
     part = sample.parts[0]
     assert isinstance(part, Text)
     if "!" in part.text:
         raise MediaError("a picture must be whole", Origin(file="inner.png"))
-    return {"text": len(part.text), "image": 9}
+    return RowCounts(positions={"text": len(part.text), "image": 9}, media_end=9, learned=10)
 
 
 def skip(**settings: int | None) -> FailurePolicy:
@@ -47,7 +60,9 @@ def test_measure_keeps_order_and_captures_errors_by_row() -> None:
     assert policy.total == 10
     assert found.refused[0].origin == Origin("d", 3, "inner.png")
     assert found.refused[0].status == "broken"
-    assert measure(samples, by_letters, policy=skip(), workers=0) == found
+    again = measure(samples, by_letters, policy=skip(), workers=0)
+    assert list(again.rows) == list(found.rows)
+    assert again.refused == found.refused
 
 
 def test_measure_raises_what_the_policy_raises() -> None:
@@ -60,7 +75,7 @@ def test_measure_raises_what_the_policy_raises() -> None:
 
 
 def test_an_error_that_is_not_of_the_data_is_not_swallowed() -> None:
-    def bug(sample: Sample) -> Mapping[str, int]:
+    def bug(sample: Sample) -> RowCounts:
         raise KeyError("bug")
 
     with pytest.raises(KeyError):
@@ -81,21 +96,21 @@ def test_rows_that_cannot_be_parsed_are_captured() -> None:
 def test_rows_that_no_pack_can_hold() -> None:
     samples = [sample(0), sample(1, "x" * 90), sample(2, group=1), sample(3, "y" * 80, group=1)]
     measured = measure(samples, by_letters)
-    kept = screen(measured, capacity=95, max_documents=None, policy=skip())
+    kept = screen(measured, limits=PackLimits(capacity=95), policy=skip())
     assert [r.row for r in kept.rows] == [0]
     assert [(r.row, r.status) for r in kept.refused] == [(n, "dropped") for n in (1, 2, 3)]
     assert "an item longer than the pack: 99 positions" in kept.refused[0].reason
     assert "a group of 2 items longer than the pack" in kept.refused[1].reason
     with pytest.raises(DataError, match=r"longer than the pack.*row 1"):
-        screen(measured, capacity=95, max_documents=None, policy=FailurePolicy())
-    few = screen(measured, capacity=200, max_documents=1, policy=skip())
+        screen(measured, limits=PackLimits(capacity=95), policy=FailurePolicy())
+    few = screen(measured, limits=PackLimits(capacity=200, max_documents=1), policy=skip())
     assert [r.row for r in few.rows] == [0, 1]
 
 
 def test_a_group_with_a_broken_row_goes_whole() -> None:
     samples = [sample(0), sample(1, group=5), sample(2, "!", group=5), sample(3, group=6)]
     kept = screen(
-        measure(samples, by_letters, policy=skip()), capacity=99, max_documents=None, policy=skip()
+        measure(samples, by_letters, policy=skip()), limits=PackLimits(capacity=99), policy=skip()
     )
     assert [r.row for r in kept.rows] == [0, 3]
     assert [(r.row, r.status) for r in kept.refused] == [(1, "dropped"), (2, "broken")]
@@ -136,20 +151,22 @@ def test_groups_are_shuffled_whole() -> None:
     assert max(len(pack) for pack in plan) <= 5
 
 
-def test_positions_by_medium_reads_the_document() -> None:
+def test_counts_are_read_off_the_document() -> None:
     item = Item(Image("a.png"), ItemPlan("tower", 4, (1, 2, 2)))
     ids = np.zeros(10, dtype=np.int64)
     document = Document(ids, ids, ids.astype(np.float32), ids, (Span(1, 4, "tower", 0),), (item,))
-    assert positions_by_medium(document) == {"text": 6, "image": 4}
+    assert counts_of(document) == RowCounts(
+        positions={"text": 6, "image": 4}, patches=4, media_end=5, learned=11
+    )
 
 
 def test_the_summary_adds_up() -> None:
     samples = [sample(row, "x" * 11) for row in range(9)] + [sample(9, "!"), sample(10, "z" * 99)]
     measured = screen(
-        measure(samples, by_letters, policy=skip()), capacity=45, max_documents=None, policy=skip()
+        measure(samples, by_letters, policy=skip()), limits=PackLimits(capacity=45), policy=skip()
     )
-    packs = plan_epoch(measured.lengths, seed=0, epoch=0, capacity=45)
-    summary = summarise(measured, packs, capacity=45)
+    packs = Schedule(measured, LoaderSettings(capacity=45)).block(0)
+    summary = summarise(measured, packs, limits=PackLimits(capacity=45))
     assert summary.samples == {"d": 9}
     assert summary.positions == {"text": 99, "image": 81}
     assert (summary.packs, summary.largest_pack) == (5, 40)
@@ -158,4 +175,4 @@ def test_the_summary_adds_up() -> None:
         "broken": {"a picture must be whole": 1},
         "dropped": {"an item longer than the pack: 108 positions, and a pack holds 45": 1},
     }
-    assert summarise(Measured(()), [], capacity=45).fill == 0.0
+    assert summarise(Measured.of(()), [], limits=PackLimits(capacity=45)).fill == 0.0
