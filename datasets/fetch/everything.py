@@ -45,7 +45,9 @@ def fetch(name: str, progress: Progress, resolve: Resolve) -> Fetched:
         for source in sources
         for p in source.packages
     }
-    places = [_bring(source, progress) for source in sources]
+    for data in {data.root: data for source in sources for data in source.data}.values():
+        data.bring(progress)
+    places = [_make_rows(source, progress) for source in sources]
     named = dict.fromkeys(weight for source in sources for weight in source.weights)
     weights = {weight: resolve(weight, progress) for weight in named}
     return Fetched(weights, packages, places[-1])
@@ -71,12 +73,10 @@ def dataset_folder(name: str) -> Path:
     return _rows_folder(source)
 
 
-def _bring(source: Source, progress: Progress) -> Path | None:
-    """Fetch a source's data and make its rows; where they lie, if it has any."""
+def _make_rows(source: Source, progress: Progress) -> Path | None:
+    """Make the rows of fetched data if they are not there yet; where they lie, if it has any."""
     if not source.data:
         return None
-    for data in source.data:
-        data.bring(progress)
     _check_places(source)
     licences = ", ".join(dict.fromkeys(data.license for data in source.data))
     if not source.rows:

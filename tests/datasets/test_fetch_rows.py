@@ -17,6 +17,8 @@ from plait.datasets.fetch.apt import apt_folder
 from plait.datasets.fetch.prepare import PREPARERS, Prepared
 from plait.datasets.fetch.prepare.asterisk import spoken
 from plait.datasets.fetch.prepare.sounds import named
+from plait.datasets.fetch.sources import load_source, source_names
+from plait.encoders.weights.packages import WEIGHTS_PACKAGES
 from plait.errors import FetchError
 
 STAMPS = "tuxpaint-stamps-default"
@@ -250,11 +252,10 @@ def own_source(
     stamps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], str]:
     """Makes a source file that names the stamps under a kind of rows."""
-    brought: list[str] = []
 
-    def fake_apt(name: str, **_: object) -> None:
+    def fake_apt(name: str, *, progress: Progress, **_: object) -> None:
+        progress.say(f"bringing {name}")
         if not apt_folder(name).exists():
-            brought.append(name)
             apt_folder(name).parent.mkdir(parents=True, exist_ok=True)
             stamps.rename(apt_folder(name))
             (apt_folder(name) / "fetched.json").write_text('{"sha256": "1"}')
@@ -278,6 +279,7 @@ def test_a_source_is_made_into_rows_once_and_says_what_it_skipped(
     folder = fetch(name, heard, no_weights).data
     assert folder == private_home / "data" / "mine" == dataset_folder(name)
     assert heard.lines == [
+        f"bringing {STAMPS}",
         f"mine: 3 rows in {folder} (GPL-2)",
         "mine: 2 skipped: a stamp without picture or without sound",
         "mine: 1 skipped: a silent sound",
@@ -341,11 +343,19 @@ def test_a_source_brings_what_it_includes_each_thing_once(
         asked.append(name)
         return Path(name)
 
-    got = fetch(outer, Progress(), resolve)
+    heard = Heard()
+    got = fetch(outer, heard, resolve)
+    assert heard.lines.count(f"bringing {STAMPS}") == 1
     assert got.data == private_home / "data" / "outer"
     assert (private_home / "data" / "inner" / "rows.jsonl").is_file()
     assert asked == ["w", "inner", "outer"]
     assert sorted(got.weights) == ["inner", "outer", "w"]
+
+
+def test_every_source_names_weights_that_can_be_had() -> None:
+    for name in source_names():
+        for weights in load_source(name).weights:
+            assert weights.removeprefix("pip:") in WEIGHTS_PACKAGES, f"{weights} of {name}"
 
 
 def real(name: str) -> tuple[Path, list[dict[str, Any]]]:
