@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check mutants slow fuzz clean
+.PHONY: demo test check mutants slow fuzz peers clean
 
 demo: .venv/run  ## train a vision-language adapter on real pictures, from an empty machine
 	$(BIN)/plait fetch stamps
@@ -22,8 +22,15 @@ slow: .venv/dev  ## the tests that take minutes
 mutants: .venv/dev  ## break each guarantee by one line and require a red test
 	$(BIN)/python tests/mutants/run.py
 
-fuzz: .venv/dev  ## thousands of damaged pictures: an error or an array, never a crash
+fuzz: .venv/dev  ## thousands of damaged media files: an error or an array, never a crash
 	$(BIN)/python -m pytest -m fuzz -s
+
+peers: .venv-peers/ready  ## the other loaders that benchmarks.loader measures against
+
+.venv-peers/ready: constraints.txt benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --no-compile -c constraints.txt -r benchmarks/peers/requirements.txt
+	touch $@
 
 # One environment, made once and brought up to date when its description changes. Byte-compiling
 # six gigabytes takes longer than compiling what is imported, hence --no-compile.
@@ -40,4 +47,4 @@ fuzz: .venv/dev  ## thousands of damaged pictures: an error or an array, never a
 	touch $@ .venv/run
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-peers build *.egg-info

@@ -1,0 +1,1 @@
+"""Programs of other loaders; see README.md."""
