@@ -21,11 +21,33 @@ class Limits:
     max_image_bytes: int = 64 * 1024 * 1024
     """Bytes of the file; an in-memory picture counts its pixels' bytes."""
 
+    max_audio_seconds: float = 3600.0
+    """Of a sound after its cut. An hour at 48 kHz decodes to 690 MB of float32."""
+
+    max_audio_bytes: int = 1024 * 1024 * 1024
+    """Bytes of a sound's file, or of the film that it is in."""
+
+    max_video_seconds: float = 4 * 3600.0
+    """Of a film after its cut."""
+
+    max_video_bytes: int = 8 * 1024 * 1024 * 1024
+    """Bytes of a film's file; only what is asked for is read."""
+
+    max_video_pixels: int = 9_000_000
+    """Width times height of a frame: 4096 x 2160 passes."""
+
+    max_video_frames: int = 512
+    """Frames that are read of one film."""
+
+    max_decode_seconds: float = 60.0
+    """Wall clock of one decoding, in a process that can be stopped."""
+
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self)):
             value = getattr(self, name)
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1; it is {value}")
+            low = 0.001 if name.endswith("seconds") else 1
+            if not value >= low:
+                raise ConfigError(f"{name} must be at least {low}; it is {value}")
         # Pillow refuses twice its own bound as a bomb, whatever is allowed here.
         pillow = 2 * PIL.Image.MAX_IMAGE_PIXELS if PIL.Image.MAX_IMAGE_PIXELS else None
         if pillow is not None and self.max_image_pixels > pillow:

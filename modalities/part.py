@@ -66,6 +66,11 @@ class MediaPart(ABC):
         """
         return None, False
 
+    @property
+    def cut(self) -> str:
+        """What besides the file decides the content: the stretch that is read; "" for the whole."""
+        return ""
+
     @abstractmethod
     def digest(self) -> str:
         """SHA-256, in hex, of the file's bytes: the same file has the same digest anywhere."""

@@ -47,7 +47,8 @@ class ItemLoader:
     def key(self, item: Item) -> str:
         """Of the item's file, its view and its encoder, in that encoder's cache."""
         view = f"{self.views.name}:{item.view}" if self._view(item) else "as it is"
-        return self.caches[item.plan.encoder].key(item.part.digest(), view)
+        facts = [view, item.part.cut, str(item.plan.wanted or "")]
+        return self.caches[item.plan.encoder].key(item.part.digest(), " ".join(filter(None, facts)))
 
     def keep(self, items: Sequence[Item], inputs: Sequence[ItemInputs]) -> None:
         """Encode decoded items of one encoder together and keep their features."""
