@@ -12,15 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plait.datasets.fetch.commands import run
-from plait.datasets.fetch.folders import ensure, home, size_of
+from plait.datasets.fetch.folders import OWN_FOLDER, ensure, home, size_of
 from plait.datasets.fetch.pip import RECORD, digest
 from plait.datasets.fetch.progress import Progress
 from plait.errors import FetchError
-
-_BRING_YOUR_OWN = (
-    "or bring a folder of pictures of your own, with a .txt beside each or a captions.csv "
-    "(`plait train CONFIG --data my-folder`)"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +70,14 @@ def _build(wanted: str, sha256: str | None, folder: Path, progress: Progress) ->
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise FetchError(
             f"{wanted} is a Debian package and there is no apt on this machine; fetch it on a "
-            f"Debian machine and copy its PLAIT_HOME, {_BRING_YOUR_OWN}"
+            f"Debian machine and copy its PLAIT_HOME, {OWN_FOLDER}"
         )
     with tempfile.TemporaryDirectory(prefix="apt-", dir=folder.parent) as work:
         deb, found = _download(wanted, Path(work), progress)
         if sha256 not in (None, found):
             raise FetchError(
                 f"{wanted} must have SHA-256 {sha256} but apt downloaded {found}; ask for the "
-                f"version that has it, {_BRING_YOUR_OWN}"
+                f"version that has it, {OWN_FOLDER}"
             )
         facts = {"name": _field(deb, "Package"), "version": _field(deb, "Version")}
         _unpack(deb, folder, progress)
@@ -108,7 +103,7 @@ def _options(work: Path) -> list[str]:
 def _download(wanted: str, work: Path, progress: Progress) -> tuple[Path, str]:
     """The `.deb` that apt downloaded and verified, and its SHA-256."""
     apt = ["apt-get", *_options(work)]
-    remedy = f"see that `apt-get update` works here, {_BRING_YOUR_OWN}"
+    remedy = f"see that `apt-get update` works here, {OWN_FOLDER}"
     failed: FetchError | None = None
     with progress.bar("reading the package lists", 100, "steps") as update:
         try:

@@ -15,6 +15,12 @@ from pathlib import Path
 
 from plait.errors import FetchError
 
+OWN_FOLDER = (
+    "or use a folder of your own: pictures with a .txt beside each or a captions.csv, or any media "
+    "with a rows.jsonl that names them (`plait train CONFIG --data my-folder`)"
+)
+"""What always remains where something cannot be fetched."""
+
 
 def home() -> Path:
     """The folder of everything fetched or converted: `$PLAIT_HOME`, default `~/.cache/plait`."""

@@ -8,15 +8,10 @@ from pathlib import Path
 
 from plait.datasets.fetch.archives import unpack
 from plait.datasets.fetch.commands import run
-from plait.datasets.fetch.folders import ensure, home, size_of
+from plait.datasets.fetch.folders import OWN_FOLDER, ensure, home, size_of
 from plait.datasets.fetch.pip import RECORD, digest
 from plait.datasets.fetch.progress import Progress
 from plait.errors import FetchError
-
-_BRING_YOUR_OWN = (
-    "or use a folder of your own: media files and a rows.jsonl that names them "
-    "(`plait train CONFIG --data my-folder`)"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +53,7 @@ def npm_package(package: NpmPackage, progress: Progress) -> Path:
 
     def ready(folder: Path) -> bool:
         record = folder / RECORD
-        return record.is_file() and json.loads(record.read_text())["sha256"] == package.sha256
+        return record.is_file() and json.loads(record.read_text()).get("sha256") == package.sha256
 
     def build(folder: Path) -> None:
         _build(package, folder, progress)
@@ -72,7 +67,7 @@ def _build(package: NpmPackage, folder: Path, progress: Progress) -> None:
     if not shutil.which("npm"):
         raise FetchError(
             f"{package} is an npm package and there is no npm on this machine; install Node.js "
-            f"(`apt install npm`), copy the PLAIT_HOME of a machine that has it, {_BRING_YOUR_OWN}"
+            f"(`apt install npm`), copy the PLAIT_HOME of a machine that has it, {OWN_FOLDER}"
         )
     with tempfile.TemporaryDirectory(prefix="npm-", dir=folder.parent) as work:
         tarball = _download(package, Path(work), progress)
@@ -105,7 +100,7 @@ def _download(package: NpmPackage, work: Path, progress: Progress) -> Path:
         run(
             command,
             doing=f"cannot download {package}",
-            remedy=f"see that `npm view {package.spec}` works here, {_BRING_YOUR_OWN}",
+            remedy=f"see that `npm view {package.spec}` works here, {OWN_FOLDER}",
             folder=work,
             watch=lambda: update(size_of(work)),
         )
