@@ -11,17 +11,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+_SECONDS_AT_ONCE = 480
+"""Sixteen windows of 30 seconds: an hour of sound must not fill the memory."""
+
 
 class Tower(nn.Module, ABC):
     """Reads windows of sound, each as if it were alone.
 
     `rate` is in Hz; `stride` the samples from one position to the next; `longest` the most
-    positions of a window; `width` the channels.
+    positions of a window; `rows_per_second` what `prepare` makes; `width` the channels.
     """
 
     rate: int
     stride: int
     longest: int
+    rows_per_second: int
     width: int
 
     @abstractmethod
@@ -37,8 +41,17 @@ class Tower(nn.Module, ABC):
         """`positions` of a window whose `prepare` gave so many rows."""
 
     @abstractmethod
+    def encode(self, windows: Sequence[Tensor]) -> list[Tensor]:
+        """Features (T, C) of prepared windows, the longest of which comes first, in one batch."""
+
     def forward(self, windows: Sequence[Tensor]) -> list[Tensor]:
         """Features (T, C) of each prepared window."""
+        features: dict[int, Tensor] = {}
+        most = _SECONDS_AT_ONCE * self.rows_per_second
+        for batch in alike([len(window) for window in windows], most):
+            made = self.encode([windows[index] for index in batch])
+            features.update(zip(batch, made, strict=True))
+        return [features[index] for index in range(len(windows))]
 
     @property
     @abstractmethod
@@ -54,14 +67,16 @@ class Tower(nn.Module, ABC):
         """Every setting of `prepare`, as a stable string."""
 
 
-def alike(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices in batches of which the longest is at most twice the shortest.
+def alike(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Indices in batches, the longest first.
 
-    Padding then never takes more than what is read.
+    The longest of a batch is at most twice the shortest, so that padding never takes more than
+    what is read; and a batch of several takes at most `most` rows, padded.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batch and lengths[batch[0]] > 2 * lengths[index]:
+        longest = lengths[batch[0]] if batch else 0
+        if batch and (longest > 2 * lengths[index] or longest * (len(batch) + 1) > most):
             yield batch
             batch = []
         batch.append(index)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from plait.encoders.hf_audio.tower import Tower, alike, padding_mask
+from plait.encoders.hf_audio.tower import Tower, padding_mask
 from plait.errors import ConfigError
 
 _LONGEST_SECONDS = 600
@@ -42,6 +42,7 @@ class WaveformTower(Tower):
         self.kernels, self.strides = tuple(config.conv_kernel), tuple(config.conv_stride)
         self.rate, self.stride = int(extractor.sampling_rate), prod(self.strides)
         self.longest = _LONGEST_SECONDS * self.rate // self.stride
+        self.rows_per_second = self.rate
         self.width = int(config.hidden_size)
         self.norm_is_last = bool(config.do_stable_layer_norm)
 
@@ -61,14 +62,7 @@ class WaveformTower(Tower):
     def prepared_positions(self, rows: int) -> int:
         return self.positions(rows)
 
-    def forward(self, windows: Sequence[Tensor]) -> list[Tensor]:
-        features: dict[int, Tensor] = {}
-        for batch in alike([len(window) for window in windows]):
-            made = self._encode([windows[index] for index in batch])
-            features.update(zip(batch, made, strict=True))
-        return [features[index] for index in range(len(windows))]
-
-    def _encode(self, windows: Sequence[Tensor]) -> list[Tensor]:
+    def encode(self, windows: Sequence[Tensor]) -> list[Tensor]:
         """B windows (S,), the longest first."""
         hidden: list[Tensor] = []
         for _, equal in groupby(windows, key=len):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from plait.encoders.hf_audio.tower import Tower, alike, padding_mask
+from plait.encoders.hf_audio.tower import Tower, padding_mask
 from plait.errors import ConfigError
 
 _FRAMES = 2
@@ -38,6 +38,7 @@ class WhisperTower(Tower):
         self.rate, self.hop = int(extractor.sampling_rate), int(extractor.hop_length)
         self.stride = _FRAMES * self.hop
         self.longest = min(extractor.n_samples // self.stride, config.max_source_positions)
+        self.rows_per_second = self.rate // self.hop
         self.width = int(config.d_model)
         self.dropout = float(config.dropout)
 
@@ -67,14 +68,7 @@ class WhisperTower(Tower):
     def prepared_positions(self, rows: int) -> int:
         return rows // _FRAMES
 
-    def forward(self, windows: Sequence[Tensor]) -> list[Tensor]:
-        features: dict[int, Tensor] = {}
-        for batch in alike([len(window) for window in windows]):
-            made = self._encode([windows[index] for index in batch])
-            features.update(zip(batch, made, strict=True))
-        return [features[index] for index in range(len(windows))]
-
-    def _encode(self, windows: Sequence[Tensor]) -> list[Tensor]:
+    def encode(self, windows: Sequence[Tensor]) -> list[Tensor]:
         """B windows (F, M), padded: no frame of padding reaches a position that is kept.
 
         Position p reads frames 2p - 2 to 2p + 2, and a window brings them all.

@@ -25,9 +25,13 @@ from transformers import (
 )
 
 from plait.encoders.hf_audio.encoder import HfAudio
+from plait.encoders.hf_audio.tower import alike
+from plait.encoders.media_encoder import MediaEncoder
+from plait.encoders.projectors import create_pool, create_projector
 from plait.encoders.registry import create
-from plait.errors import ConfigError, MediaError, UnknownNameError
-from plait.modalities import AudioHeader, AudioRequest
+from plait.errors import ConfigError, MediaError, Origin, UnknownNameError
+from plait.modalities import Audio, AudioHeader, AudioRequest
+from plait.stream import ItemInputs
 
 FAMILIES = ["whisper", "wav2vec2", "wav2vec2 layer norm", "hubert", "wavlm", "wavlm layer norm"]
 WAVEFORM = FAMILIES[1:]
@@ -219,6 +223,28 @@ def test_seconds_say_when_each_position_begins(checkpoints: Any, family: str) ->
     assert {0.5, 1.0} <= set(seconds) and max(seconds) < facts.seconds
     assert list(seconds) == sorted(seconds)
     assert encoder.wanted(facts) == AudioRequest(16_000)
+
+
+def test_batches_hold_windows_alike_and_no_more_than_fits() -> None:
+    lengths = [5, 100, 60, 49, 50, 2, 100, 1]
+    batches = list(alike(lengths, most=250))
+    assert [[lengths[index] for index in batch] for batch in batches] == [
+        [100, 100], [60, 50, 49], [5], [2, 1],
+    ]  # fmt: skip
+    assert list(alike([9, 9], most=3)) == [[0], [1]] and list(alike([], most=3)) == []
+
+
+def test_what_is_planned_of_a_part_is_what_comes_out(checkpoints: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tower = create("hf_audio", weights=checkpoints["whisper"][0])
+    projector = create_projector("mlp", tower.width, 8, embedding_std=0.1, generator=generator)
+    encoder = MediaEncoder(tower, create_pool("keep"), projector)
+    encoder.headers = lambda _part, _limits: header(30_001)
+    plan = encoder.plan(Audio(sound(30_001), rate=16_000), Origin())
+    (made,) = encoder([ItemInputs(inputs=tower.process(sound(30_001)))])
+    assert plan.length == len(made.embeddings) == 94
+    assert plan.seconds == made.seconds and plan.grid == made.grid
+    assert plan.wanted == AudioRequest(16_000)
 
 
 def test_very_short_sounds(checkpoints: Any) -> None:
