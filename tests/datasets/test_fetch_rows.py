@@ -15,11 +15,14 @@ import yaml
 from plait.datasets.fetch import Progress, dataset_folder, everything, fetch, packages
 from plait.datasets.fetch.apt import apt_folder
 from plait.datasets.fetch.prepare import PREPARERS, Prepared
-from plait.datasets.fetch.prepare.asterisk import spoken
+from plait.datasets.fetch.prepare.asterisk import MAX_SECONDS, spoken
 from plait.datasets.fetch.prepare.sounds import named
 from plait.datasets.fetch.sources import load_source, source_names
 from plait.encoders.weights.packages import WEIGHTS_PACKAGES
 from plait.errors import FetchError
+from plait.modalities import Audio, AudioHeader, Image, Limits, Video, VideoHeader
+from plait.modalities.audio import Sound
+from plait.modalities.part import MediaPart
 
 STAMPS = "tuxpaint-stamps-default"
 
@@ -400,8 +403,26 @@ def test_real_sources_have_their_rows_and_every_file(name: str) -> None:
 
 
 @pytest.mark.weights
-def test_real_films_move() -> None:
-    folder, rows = real("films")
-    for row in rows[::9]:
-        with PIL.Image.open(folder / row["videos"][0]) as picture:
-            assert getattr(picture, "n_frames", 1) > 1
+@pytest.mark.parametrize("name", ["speech", "sounds", "films", "plaited"])
+def test_every_header_of_real_media_is_read_and_some_are_decoded(name: str) -> None:
+    folder, rows = real(name)
+    kinds: dict[str, Callable[[Path], MediaPart]] = {
+        "images": Image,
+        "audios": Audio,
+        "videos": Video,
+    }
+    shown = [
+        kind(folder / file)
+        for row in rows
+        for key, kind in kinds.items()
+        for file in row.get(key, [])
+    ]
+    for number, part in enumerate(shown):
+        header = part.header(Limits())
+        if isinstance(header, AudioHeader):
+            assert 0.01 < header.seconds <= MAX_SECONDS
+        if isinstance(header, VideoHeader):
+            assert 1 < header.seconds < 5, "it moves"
+        if number % 25 == 0:
+            loaded = part.load(Limits())
+            assert not isinstance(loaded, Sound) or len(loaded.samples) == header.samples

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from plait.datasets.fetch.prepare.base import Folders, Prepared, row
 from plait.datasets.records import CaptionOptions
-from plait.errors import DataError, FetchError
+from plait.errors import DataError, FetchError, MediaError
+from plait.modalities import Audio, Limits
 
 PACKAGE = "tuxpaint-stamps-default"
 
@@ -135,13 +136,10 @@ def translations(folders: Folders) -> Prepared:
 
 def silent(file: Path) -> bool:
     """Whether every sample of a sound file is zero; some effects are placeholders."""
-    import av
-
     try:
-        with av.open(file) as container:
-            return not any(frame.to_ndarray().any() for frame in container.decode(audio=0))
-    except (av.FFmpegError, IndexError, OSError) as error:
-        raise FetchError(f"{file} must be a sound; it cannot be decoded: {error}") from error
+        return not Audio(file).load(Limits()).samples.any()
+    except MediaError as error:
+        raise FetchError(f"{file} must be a sound: {error.message}") from error
 
 
 def _beside(file: Path, *endings: str) -> str:
