@@ -14,6 +14,7 @@ from plait.encoders.base import Encoder, Grid, Inputs
 from plait.encoders.media_encoder import MediaEncoder
 from plait.encoders.projectors import create_pool, create_projector
 from plait.errors import FetchError
+from plait.modalities import Audio, AudioRequest
 from plait.stream import Encoded
 
 
@@ -131,8 +132,6 @@ SPOKEN = {
 @pytest.fixture
 def spoken_prompts(private_home: Path) -> dict[str, NDArray[np.float32]]:
     """`SPOKEN`, by words, at 16 kHz; for tests marked `weights`."""
-    import av
-
     from plait.datasets.fetch import Progress, apt_package
 
     try:
@@ -142,7 +141,5 @@ def spoken_prompts(private_home: Path) -> dict[str, NDArray[np.float32]]:
     found = {}
     for name, words in SPOKEN.items():
         (file,) = folder.rglob(f"{name}.g722")
-        with av.open(str(file)) as container:
-            frames = [frame.to_ndarray()[0] for frame in container.decode(audio=0)]
-        found[words] = (np.concatenate(frames) / 32768).astype(np.float32)
+        found[words] = Audio(file).decode(wanted=AudioRequest(16_000))
     return found

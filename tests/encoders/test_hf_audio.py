@@ -234,15 +234,17 @@ def test_batches_hold_windows_alike_and_no_more_than_fits() -> None:
     assert list(alike([9, 9], most=3)) == [[0], [1]] and list(alike([], most=3)) == []
 
 
-def test_what_is_planned_of_a_part_is_what_comes_out(checkpoints: Any) -> None:
+@pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100])
+def test_what_is_planned_of_a_part_is_what_comes_out(checkpoints: Any, rate: int) -> None:
     generator = torch.Generator().manual_seed(0)
     tower = create("hf_audio", weights=checkpoints["whisper"][0])
     projector = create_projector("mlp", tower.width, 8, embedding_std=0.1, generator=generator)
     encoder = MediaEncoder(tower, create_pool("keep"), projector)
-    encoder.headers = lambda _part, _limits: header(30_001)
-    plan = encoder.plan(Audio(sound(30_001), rate=16_000), Origin())
-    (made,) = encoder([ItemInputs(inputs=tower.process(sound(30_001)))])
-    assert plan.length == len(made.embeddings) == 94
+    part = Audio(sound(30_001), rate=rate, end=1.7)
+    plan = encoder.plan(part, Origin())
+    inputs = tower.process(part.decode(wanted=plan.wanted))
+    (made,) = encoder([ItemInputs(inputs=inputs)])
+    assert plan.length == len(made.embeddings) == -(-part.header().samples_at(16_000) // 320)
     assert plan.seconds == made.seconds and plan.grid == made.grid
     assert plan.wanted == AudioRequest(16_000)
 
