@@ -1,112 +1,144 @@
-"""Animated pictures (WebP, GIF, PNG) as films, through Pillow. H rows, W columns.
+"""Animated WebP, GIF and PNG: when each picture is shown, and the pictures at given times."""
 
-FFmpeg reads no animated WebP. Pillow composes each frame from those before it, so frames are
-decoded in order up to the last that is wanted.
-"""
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
 import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
 from plait.errors import MediaError
-from plait.modalities.containers import describe, reading
-from plait.modalities.film import FilmFacts
+from plait.modalities.frames import Facts, Frames
+from plait.modalities.limits import Limits
 from plait.modalities.pixels import to_rgb
+from plait.modalities.sources import Stored
 
-FORMATS = ("WEBP", "GIF", "PNG")
+_FORMATS = ("WEBP", "GIF", "PNG")
 
-_SHORTEST, _DEFAULT = 11, 100
-"""Milliseconds: browsers show a frame of 10 or less for 100."""
+_BRIEF, _USUAL = 10, 100
+"""Milliseconds: browsers show what asks for 10 or less for 100, and authors rely on it."""
 
-
-def is_animated(source: str | Path | bytes) -> bool:
-    """Whether the first bytes are those of a picture format that can move."""
-    try:
-        head = source[:16] if isinstance(source, bytes) else _head(Path(source))
-    except (OSError, ValueError):
-        return False
-    webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
-    return webp or head[:4] == b"GIF8" or head[:8] == b"\x89PNG\r\n\x1a\n"
+_HEAD = 12
 
 
-def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(16)
+def is_animation(source: Stored) -> bool:
+    """Whether the first bytes are those of a GIF, WebP or PNG file."""
+    if isinstance(source, bytes):
+        head = source[:_HEAD]
+    else:
+        with Path(source).open("rb") as file:
+            head = file.read(_HEAD)
+    return (
+        head[:4] == b"GIF8"
+        or head[:8] == b"\x89PNG\r\n\x1a\n"
+        or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
+    )
 
 
-class Animated:
-    """An open animated picture.
+def animation_facts(source: Stored, size: int, limits: Limits) -> Facts:
+    """What the file's structure says; no picture is decoded.
 
     Raises:
-        MediaError: it cannot be read.
+        MediaError: the pictures are over a limit.
     """
-
-    def __init__(self, source: str | Path | bytes) -> None:
-        self.source, self.file = source, describe(source)
-        place = BytesIO(source) if isinstance(source, bytes) else source
-        with reading("video", self.file):
-            self.picture: Any = PIL.Image.open(place, formats=FORMATS)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.picture.close()
-
-    def facts(self) -> FilmFacts:
-        """Length, size and mean rate; a WebP's are read from its chunks, nothing decoded."""
-        with reading("video", self.file):
-            pauses = self._pauses()
-            width, height = self.picture.size
-            name = str(self.picture.format)
-        seconds = sum(pauses) / 1000
-        return FilmFacts(seconds, width, height, len(pauses) / seconds, name)
-
-    def frames_at(self, times: Sequence[float]) -> list[tuple[float, NDArray[np.uint8]]]:
-        """(when it begins, its pixels) of the frame seen at each time; times do not decrease."""
-        with reading("video", self.file):
-            begins = np.concatenate([[0.0], np.cumsum(self._pauses())[:-1]]) / 1000
-            places = np.searchsorted(begins, np.asarray(times) + 1e-6, side="right") - 1
-            made: dict[int, NDArray[np.uint8]] = {}
-            for place in sorted(set(places.tolist())):
-                self.picture.seek(place)
-                made[place] = np.ascontiguousarray(to_rgb(self.picture))
-            return [(float(begins[place]), made[place]) for place in places.tolist()]
-
-    def _pauses(self) -> list[int]:
-        """How long each frame is seen, in milliseconds."""
-        if self.picture.format == "WEBP":
-            pauses = list(_webp_pauses(self._content()))
-        else:
-            pauses = []
-            for number in range(getattr(self.picture, "n_frames", 1)):
-                self.picture.seek(number)
-                pauses.append(int(self.picture.info.get("duration") or 0))
-            self.picture.seek(0)
-        return [pause if pause >= _SHORTEST else _DEFAULT for pause in pauses or [0]]
-
-    def _content(self) -> bytes:
-        return self.source if isinstance(self.source, bytes) else Path(self.source).read_bytes()
+    data = _bytes(source)
+    with PIL.Image.open(BytesIO(data), formats=_FORMATS) as picture:
+        width, height, form = *picture.size, str(picture.format)
+    if not 0 < width * height <= limits.max_video_pixels:
+        raise MediaError(
+            f"a film's frame must have 1 to {limits.max_video_pixels:,} pixels; this one has "
+            f"{width} x {height}; shrink it or raise max_video_pixels"
+        )
+    shown = durations(data)
+    seconds = float(shown.sum())
+    return Facts(seconds, width, height, len(shown) / seconds, form, size)
 
 
-def _webp_pauses(content: bytes) -> Iterator[int]:
-    """The durations in the ANMF chunks of a WebP (RFC 9649, section 2.7.1.1)."""
+def read_animation(source: Stored, times: NDArray[np.float64], facts: Facts) -> Frames:
+    """The pictures shown at `times`, in rising order; each builds on the ones before it.
+
+    Raises:
+        MediaError: a picture is missing.
+    """
+    data = _bytes(source)
+    ends = np.cumsum(durations(data))
+    # Half a microsecond: a time computed from a picture's own must find that picture.
+    wanted = np.minimum(np.searchsorted(ends, times + 5e-7, side="right"), len(ends) - 1)
+    pixels = np.empty((len(times), facts.height, facts.width, 3), np.uint8)
+    with PIL.Image.open(BytesIO(data), formats=_FORMATS) as picture:
+        for at, number in enumerate(wanted):
+            if at and number == wanted[at - 1]:
+                pixels[at] = pixels[at - 1]
+                continue
+            picture.seek(int(number))
+            shown = to_rgb(picture)
+            if shown.shape != pixels.shape[1:]:
+                raise MediaError("an animation's pictures must have one size; these have several")
+            pixels[at] = shown
+    begins = np.concatenate([[0.0], ends[:-1]])[wanted]
+    return Frames(pixels, begins)
+
+
+def durations(data: bytes) -> NDArray[np.float64]:
+    """Seconds that each picture is shown, from the file's structure; a still is shown for 0.1 s."""
+    walk = {b"G": _gif, b"R": _webp, b"\x89": _png}[data[:1]]
+    found = np.array(list(walk(data)) or [0], dtype=np.float64)
+    return np.where(found <= _BRIEF, _USUAL, found) / 1000
+
+
+def _webp(data: bytes) -> Iterator[int]:
+    """Milliseconds of each ANMF chunk (RFC 9649, section 2.7.1.1)."""
     at = 12
-    while at + 8 <= len(content):
-        name, size = content[at : at + 4], int.from_bytes(content[at + 4 : at + 8], "little")
-        if name == b"ANMF":
-            if at + 8 + 16 > len(content):
-                raise MediaError("a film must be whole; this WebP is cut off; replace it")
-            yield int.from_bytes(content[at + 20 : at + 23], "little")
-        at += 8 + size + size % 2
+    while at + 8 <= len(data):
+        if data[at : at + 4] == b"ANMF":
+            yield int.from_bytes(data[at + 20 : at + 23], "little")
+        length = int.from_bytes(data[at + 4 : at + 8], "little")
+        at += 8 + length + length % 2
+
+
+def _png(data: bytes) -> Iterator[float]:
+    """Milliseconds of each fcTL chunk (PNG, third edition, section 11.3.6.2)."""
+    at = 8
+    while at + 8 <= len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] == b"fcTL":
+            delay = int.from_bytes(data[at + 28 : at + 30], "big")
+            yield 1000 * delay / (int.from_bytes(data[at + 30 : at + 32], "big") or 100)
+        at += 12 + length
+
+
+def _gif(data: bytes) -> Iterator[int]:
+    """Milliseconds before each picture (GIF89a, sections 20 and 23)."""
+    at = 13 + _colours(data, 10)
+    delay = 0
+    while at < len(data):
+        kind = data[at]
+        if kind == 0x21:  # an extension, of which the graphic control tells the delay
+            if data[at + 1 : at + 3] == b"\xf9\x04":
+                delay = 10 * int.from_bytes(data[at + 4 : at + 6], "little")
+            at = _after_blocks(data, at + 2)
+        elif kind == 0x2C:
+            yield delay
+            delay = 0
+            at = _after_blocks(data, at + 11 + _colours(data, at + 9))
+        elif kind == 0x3B:
+            return
+        else:
+            at += 1
+
+
+def _colours(data: bytes, at: int) -> int:
+    """Bytes of the table of colours that the flags at `at` announce."""
+    flags = data[at] if at < len(data) else 0
+    return 3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0
+
+
+def _after_blocks(data: bytes, at: int) -> int:
+    while at < len(data) and data[at]:
+        at += 1 + data[at]
+    return at + 1
+
+
+def _bytes(source: Stored) -> bytes:
+    return source if isinstance(source, bytes) else Path(source).read_bytes()

@@ -1,101 +1,145 @@
-"""Sound and film files through PyAV (FFmpeg), opened so that they can do no harm.
+"""Opening files for FFmpeg, with only the formats that hold one sound or film themselves."""
 
-Only local files and bytes are opened, no format that names other files (playlists, concatenations)
-is read, and whatever FFmpeg raises on a broken file becomes one kind of error.
-"""
-
-import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from plait.errors import MediaError, Origin, printable
+from plait.errors import MediaError
+from plait.modalities.limits import Limits
+from plait.modalities.sources import Stored, reading
 
-_NAMES_OTHERS = frozenset(
-    {"concat", "concatf", "dash", "hls", "applehttp", "image2", "image2pipe", "imf", "lavfi"}
-    | {"rtsp", "sdp", "rtp", "tty", "ffmetadata", "webm_dash_manifest", "vobsub", "mpsub", "avs"}
-)
-"""Demuxers that open what a file names, or make up media of their own."""
+FORMATS = (
+    "wav", "w64", "aiff", "au", "caf", "flac", "mp3", "ogg", "g722", "aac", "ac3", "eac3", "amr",
+    "ape", "tta", "wv", "mpc", "mpc8", "matroska", "webm", "mov", "mp4", "avi", "flv", "asf",
+    "mpegts", "mpeg", "ivf", "nut", "mxf", "rm", "voc", "dv",
+)  # fmt: skip
+"""FFmpeg's demuxers that are let in. Play lists (hls, dash, concat) and numbered pictures read
+other files, whose names the opened one chooses; devices and generators never end."""
 
-KINDS = {"audio": "a sound", "video": "a film"}
+_LEAST_BYTES_A_SECOND = 25
+"""No coder of sound gets below; silence in FLAC or Opus comes near."""
 
-
-def describe(source: Any) -> str:
-    """What messages call a source."""
-    if isinstance(source, str | Path):
-        return printable(str(source))
-    if isinstance(source, bytes):
-        return f"<{len(source)} bytes>"
-    return f"<array {getattr(source, 'shape', '')}>"
-
-
-def size_of(source: str | Path | bytes, medium: str, most: int) -> int:
-    """The file's bytes.
-
-    Raises:
-        MediaError: it is missing, no regular file, empty, or larger than `most`.
-    """
-    kind, file = KINDS[medium], describe(source)
-    if isinstance(source, bytes):
-        size = len(source)
-    else:
-        try:
-            facts = Path(source).stat()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise MediaError(
-                f"{kind} must exist and be readable; {reason}; mend the path or remove the row",
-                Origin(file=file),
-            ) from error
-        if not stat.S_ISREG(facts.st_mode):
-            raise MediaError(
-                f"{kind} must be a file; this is none; give a file's path", Origin(file=file)
-            )
-        size = facts.st_size
-    if not size:
-        raise MediaError(f"{kind} must have bytes; it is empty; replace it", Origin(file=file))
-    if size > most:
-        raise MediaError(
-            f"{kind} must have at most {most:,} bytes; this one has {size:,}; shorten it or raise "
-            f"max_{medium}_bytes",
-            Origin(file=file),
-        )
-    return size
+EXACT = frozenset({"wav", "w64", "aiff", "au", "caf", "flac", "ogg", "mov"})
+"""Formats whose own length is that of their samples; the others only estimate it."""
 
 
 @contextmanager
-def reading(medium: str, file: str) -> Iterator[None]:
-    """Turn whatever FFmpeg raises on broken or hostile files into one kind of error."""
-    try:
-        yield
-    except MediaError as error:
-        raise error.at(Origin(file=file)) from None
-    except MemoryError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise MediaError(
-            f"{KINDS[medium]} must be whole and in a format that FFmpeg reads; this one is not: "
-            f"{reason}; replace the file or remove the row",
-            Origin(file=file),
-        ) from error
-
-
-@contextmanager
-def opened(source: str | Path | bytes, medium: str) -> Iterator[Any]:
-    """A PyAV container, closed at the end.
+def opened(source: Stored, noun: str, limits: Limits) -> Iterator[Any]:
+    """An `av.container.InputContainer` with its streams' headers read.
 
     Raises:
-        MediaError: FFmpeg does not read it, or fails while it is read.
+        MediaError: it cannot be opened, and whatever a block inside raises about a broken file.
     """
+    # Importing costs time that a run without sound and film need not spend.
     import av
 
-    formats = ",".join(sorted(av.formats_available - _NAMES_OTHERS))
-    options = {"protocol_whitelist": "file,pipe,data", "format_whitelist": formats}
-    with reading(medium, describe(source)):
-        # With its protocol named, a path is never taken for an address or a pattern.
-        place = BytesIO(source) if isinstance(source, bytes) else f"file:{source}"
-        with av.open(place, options=options, metadata_errors="replace") as container:
-            yield container
+    options = {
+        "format_whitelist": ",".join(FORMATS),
+        "protocol_whitelist": "file",
+        "max_pixels": str(limits.max_video_pixels),
+        "max_samples": str(limits.max_audio_samples),
+        # One file is one task: decoders' own threads would multiply the workers.
+        "threads": "1",
+    }
+    with reading(source, noun, "read"), ExitStack() as stack:
+        file = _openable(source)
+        if not isinstance(file, str):
+            stack.enter_context(closing(file))
+        container = av.open(file, options=options, metadata_errors="replace")
+        yield stack.enter_context(closing(container))
+
+
+def format_of(container: Any) -> str:
+    """The first of the names that FFmpeg gives the format ("mov" for "mov,mp4,m4a,...")."""
+    return str(container.format.name).split(",")[0]
+
+
+def film_stream(container: Any) -> Any | None:
+    """The stream of moving pictures: not a cover, which sounds may carry."""
+    found = container.streams.best("video")
+    cover = found is not None and "attached_pic" in str(found.disposition)
+    return None if found is None or cover or found.codec_context is None else found
+
+
+def sound_stream(container: Any) -> Any | None:
+    """The stream that FFmpeg would play."""
+    found = container.streams.best("audio")
+    return None if found is None or found.codec_context is None else found
+
+
+def seconds_of(container: Any, stream: Any) -> float | None:
+    """Of the stream, or else of the container; None where neither says it."""
+    if stream.duration and stream.duration > 0:
+        return float(stream.duration * stream.time_base)
+    if container.duration and container.duration > 0:
+        return float(container.duration) / 1_000_000
+    return None
+
+
+def counted_seconds(container: Any, stream: Any, most: float) -> float:
+    """The length by its packets, of which none is decoded; the count ends a second after `most`.
+
+    Raises:
+        MediaError: it has no packet with a length.
+    """
+    ticks, first = 0, None
+    for packet in container.demux(stream):
+        if not packet.size:
+            continue
+        first = packet.pts if first is None else first
+        ticks += max(packet.duration or 0, 0)
+        if ticks * stream.time_base > most + 1:
+            break
+    # What decoders drop at the start (an MP3's delay) is no sample.
+    dropped = max((stream.start_time or 0) - (first or 0), 0) if first is not None else 0
+    if ticks <= dropped:
+        raise MediaError("it must hold packets of some length; it has none; replace the file")
+    return float((ticks - dropped) * stream.time_base)
+
+
+def _openable(source: Stored) -> Any:
+    if isinstance(source, bytes):
+        return BytesIO(source)
+    path = str(Path(source).absolute())
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # FFmpeg takes UTF-8; other names are read through Python
+        return Path(source).open("rb")
+    return f"file:{path}"
+
+
+def sound_seconds(container: Any, stream: Any, film: Any | None, most: float) -> float:
+    """The length of a sound, from its header where that can be believed, else by counting.
+
+    Raises:
+        MediaError: its header promises more uncompressed samples than the file has bytes.
+    """
+    if film is not None:
+        # The rest of a film's clock is silence, so an estimate will do.
+        known = seconds_of(container, stream) or seconds_of(container, film)
+        if known is not None:
+            return known
+    said = float(stream.duration * stream.time_base) if (stream.duration or 0) > 0 else None
+    alone = len(container.streams) == 1 and format_of(container) == "matroska"
+    if said is None and alone:
+        said = seconds_of(container, stream)
+    if said is None or not (alone or format_of(container) in EXACT):
+        return counted_seconds(container, stream, most)
+    context, size = stream.codec_context, container.size
+    pcm = context.name.startswith("pcm_") and context.format is not None
+    if pcm and said * int(context.sample_rate) * _bits(context) / 8 > 1.05 * size + 4096:
+        raise MediaError(
+            f"its header must tell the truth: it promises {said:g} s, which {size:,} bytes cannot "
+            "hold; the file is cut off or its header is wrong: replace the file"
+        )
+    if said > size / _LEAST_BYTES_A_SECOND:
+        return counted_seconds(container, stream, most)
+    return said
+
+
+def _bits(context: Any) -> int:
+    """Of one sample in all channels, as the file holds it: never less than a byte a channel."""
+    digits = "".join(c for c in context.name.removeprefix("pcm_") if c.isdigit())
+    return int(digits or 8) * max(1, int(context.layout.nb_channels))

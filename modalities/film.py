@@ -1,6 +1,7 @@
-"""Reading single frames of a film's file by seeking. H rows, W columns."""
+"""Single frames of a compressed film, found by seeking."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,148 +9,180 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plait.errors import MediaError
+from plait.modalities import containers
+from plait.modalities.frames import Facts, Frames, Pixels
+from plait.modalities.limits import Limits
+from plait.modalities.sources import Stored
 
-_EPSILON = 1e-4
-"""Seconds; times of frames are rounded to the file's time base."""
+_SEEK_AFTER = 2.0
+"""Seconds to the next wanted frame from which seeking is tried where the file has no index."""
 
-_LIKELY_GOP_SECONDS = 2.0
-"""Read on rather than seek up to here, in a file that lists no key frames."""
+_EARLIER = 1.0
+"""Seconds that a seek which landed too late is begun earlier; doubled until it lands."""
 
 
 @dataclass(frozen=True, slots=True)
-class FilmFacts:
-    """What a film's header says; width and height after rotation."""
+class _Display:
+    """How stored frames are shown: upright `width` and `height`, and quarter turns to the left."""
 
-    seconds: float
     width: int
     height: int
-    fps: float
-    format: str
-    bytes: int = 0
+    turns: int
+
+    def show(self, frame: Any) -> Pixels:
+        """The frame's pixels (height, width, 3), as they are meant to be seen."""
+        width, height = (self.height, self.width) if self.turns % 2 else (self.width, self.height)
+        stored = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
+        return np.rot90(stored, self.turns)
 
 
-def film_facts(container: Any) -> FilmFacts:
-    """Facts of a container's film; its first frame is decoded, which knows how it is turned.
-
-    Raises:
-        MediaError: there is no film, or it has no frames.
-    """
-    stream = video_stream(container)
-    first = next(iter(container.decode(stream)), None)
-    if first is None:
-        raise MediaError("a film must have frames; this one has none; replace it")
-    swapped = first.rotation % 180 != 0
-    width, height = (first.height, first.width) if swapped else (first.width, first.height)
-    seconds = _seconds(container, stream)
-    if not 0 < seconds < float("inf"):
-        raise MediaError("a film must last some time; this one has no length; save it again")
-    fps = float(stream.average_rate or 0) or 1 / seconds
-    return FilmFacts(seconds, width, height, fps, container.format.name)
-
-
-def video_stream(container: Any) -> Any:
-    """The first stream of moving pictures; the cover of a sound file is none.
+def film_facts(container: Any, size: int, limits: Limits) -> Facts:
+    """What the header says; of the frames, the first is decoded, which tells how the film lies.
 
     Raises:
-        MediaError: there is none.
+        MediaError: there are no moving pictures, no frames, or frames over a limit.
     """
-    for stream in container.streams.video:
-        if not stream.disposition & stream.disposition.attached_pic:
-            return stream
-    raise MediaError("a film must be in the file; this one has none; take another file")
+    stream = _stream(container)
+    display = _display(stream, _first(container, stream), limits)
+    seconds = containers.seconds_of(container, stream)
+    if seconds is None:
+        container.seek(0, backward=True)
+        most = float(limits.max_video_seconds)
+        seconds = containers.counted_seconds(container, stream, most)
+    rate = stream.average_rate or stream.guessed_rate
+    form = containers.format_of(container)
+    return Facts(seconds, display.width, display.height, float(rate or 0), form, size)
 
 
-def _seconds(container: Any, stream: Any) -> float:
-    """The header's length; where it has none, up to the end of the last packet."""
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    if container.duration:
-        return float(container.duration) / 1e6
-    container.seek(0)
-    end = 0.0
-    for packet in container.demux(stream):
-        if packet.pts is not None:
-            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-    return end - _start(stream)
+def read_film(source: Stored, times: NDArray[np.float64], facts: Facts, limits: Limits) -> Frames:
+    """The frames shown at `times`, in rising order, of the film's clock."""
+    with containers.opened(source, "film", limits) as container:
+        stream = _stream(container)
+        display = _display(stream, _first(container, stream), limits)
+        pixels = np.empty((len(times), facts.height, facts.width, 3), np.uint8)
+        seconds = np.empty(len(times))
+        reader = FrameReader(container, stream)
+        for at, time in enumerate(times):
+            frame = reader.at(float(time))
+            if at and frame is reader.last:
+                pixels[at] = pixels[at - 1]
+            else:
+                _check_size(frame.width, frame.height, limits)
+                pixels[at] = display.show(frame)
+            reader.last = frame
+            seconds[at] = max(0.0, reader.second(frame))
+        reader.check_end(float(times[-1]), facts.seconds)
+        return Frames(pixels, seconds)
 
 
-def _start(stream: Any) -> float:
-    return float((stream.start_time or 0) * stream.time_base)
+class FrameReader:
+    """Frames of an open film by their time, for times that mostly rise.
 
-
-def frames_at(container: Any, times: Sequence[float]) -> list[tuple[float, NDArray[np.uint8]]]:
-    """(when it begins, its pixels) of the frame that is seen at each time; times do not decrease.
-
-    Raises:
-        MediaError: the film cannot be decoded there.
+    Decodes from the last keyframe at or before the time, or on from where it stands if no keyframe
+    lies between. Only time stamps count, never a frame's number: the rate may vary.
     """
-    reader = _Reader(container)
-    return [reader.frame_at(at) for at in times]
+
+    def __init__(self, container: Any, stream: Any) -> None:
+        self.last: Any | None = None
+        self.decoded = 0
+        self._container, self._stream = container, stream
+        self._start = stream.start_time or 0
+        self._index = stream.index_entries
+        self._frames: Iterator[tuple[int, Any]] = iter(())
+        self._shown: tuple[int, Any] | None = None
+        self._next: tuple[int, Any] | None = None
+
+    def second(self, frame: Any) -> float:
+        """When the frame begins to be seen."""
+        return float((_pts(frame) - self._start) * self._stream.time_base)
+
+    def at(self, second: float) -> Any:
+        """The frame shown at a time: the last that begins at or before it."""
+        # A hundredth of a tick: a time computed from a frame's own must find that frame.
+        wanted = self._start + math.floor(second / self._stream.time_base + 0.01)
+        if self._shown is None or wanted < self._shown[0] or self._skips(wanted):
+            self._seek(wanted)
+        while self._next is not None and self._next[0] <= wanted:
+            self._shown, self._next = self._next, next(self._frames, None)
+        assert self._shown is not None
+        return self._shown[1]
+
+    def check_end(self, second: float, seconds: float) -> None:
+        """
+        Raises:
+            MediaError: the film ended long before the last time that was asked for.
+        """
+        if self._next is not None or self._shown is None:
+            return
+        frame = self._shown[1]
+        until = self.second(frame) + float((frame.duration or 0) * self._stream.time_base)
+        if second - until > max(0.5, 0.05 * seconds):
+            raise MediaError(
+                f"a film must be as long as its header says, {seconds:g} s; this one ends at "
+                f"{until:g} s; it is cut off: replace the file"
+            )
+
+    def _skips(self, wanted: int) -> bool:
+        """Whether a keyframe lies between the frame that would come next and the wanted time."""
+        if self._next is None or wanted <= self._next[0]:
+            return False
+        if len(self._index):
+            entry = self._index.search_timestamp(wanted, backward=True)
+            return entry >= 0 and int(self._index[entry].timestamp) > self._next[0]
+        return bool((wanted - self._next[0]) * self._stream.time_base > _SEEK_AFTER)
+
+    def _seek(self, wanted: int) -> None:
+        target, earlier = wanted, math.ceil(_EARLIER / self._stream.time_base)
+        while True:
+            self._container.seek(max(target, self._start), stream=self._stream, backward=True)
+            self._frames = self._decoded()
+            self._shown = next(self._frames, None)
+            if (self._shown is not None and self._shown[0] <= wanted) or target <= self._start:
+                break
+            target, earlier = target - earlier, 2 * earlier
+        if self._shown is None:
+            raise MediaError("a film must have frames; none can be decoded; replace the file")
+        self._next = next(self._frames, None)
+
+    def _decoded(self) -> Iterator[tuple[int, Any]]:
+        for frame in self._container.decode(self._stream):
+            self.decoded += 1
+            yield _pts(frame), frame
 
 
-class _Reader:
-    """Decodes forward, and seeks where that skips a key frame."""
-
-    def __init__(self, container: Any) -> None:
-        self.container, self.stream = container, video_stream(container)
-        self.start = _start(self.stream)
-        self.held: Any = None  # the frame seen now
-        self.next: Any = None  # the one after it
-        self._decoding: Iterator[Any] = iter(container.decode(self.stream))
-        self._made: tuple[float, NDArray[np.uint8]] | None = None
-        self._of: Any = None
-
-    def frame_at(self, at: float) -> tuple[float, NDArray[np.uint8]]:
-        if self.held is None or self._seeking_helps(at):
-            self._seek(at)
-        while self.next is not None and self._time(self.next) <= at + _EPSILON:
-            self._advance()
-        if self.held is None:
-            raise MediaError(f"a film must have a frame at {at:.2f} s; replace it")
-        if self._of is not self.held:
-            self._of, self._made = self.held, (self._time(self.held), upright(self.held))
-        assert self._made is not None
-        return self._made
-
-    def _time(self, frame: Any) -> float:
-        """Seconds from the film's beginning."""
-        return float(frame.pts * frame.time_base) - self.start if frame.pts is not None else 0.0
-
-    def _seeking_helps(self, at: float) -> bool:
-        if self.next is None:  # the end was reached
-            return self._time(self.held) > at + _EPSILON
-        now = self._time(self.next)
-        if now > at:
-            return self._time(self.held) > at + _EPSILON
-        entries = self.stream.index_entries
-        target = int((at + self.start) / float(self.stream.time_base))
-        place = entries.search_timestamp(target) if len(entries) else -1
-        if place < 0:
-            return at - now > _LIKELY_GOP_SECONDS
-        key = float(entries[place].timestamp * self.stream.time_base) - self.start
-        return key > now
-
-    def _seek(self, at: float) -> None:
-        self._begin(at)
-        if self.held is None or self._time(self.held) > at + _EPSILON:
-            # The file's index leads past the frame: decode from the very beginning.
-            self._begin(None)
-
-    def _begin(self, at: float | None) -> None:
-        place = 0 if at is None else int((at + self.start) / float(self.stream.time_base))
-        self.container.seek(place, stream=self.stream, backward=True)
-        self._decoding = iter(self.container.decode(self.stream))
-        self.held = self.next = None
-        self._advance()
-        self._advance()
-
-    def _advance(self) -> None:
-        self.held = self.next if self.next is not None else self.held
-        self.next = next(self._decoding, None)
+def _pts(frame: Any) -> int:
+    found = frame.pts if frame.pts is not None else frame.dts
+    if found is None:
+        raise MediaError("a film's frames must have time stamps; these have none; convert it")
+    return int(found)
 
 
-def upright(frame: Any) -> NDArray[np.uint8]:
-    """RGB (H, W, 3), turned as the file's display matrix says."""
-    pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
-    turns = round(frame.rotation / 90) % 4  # counter-clockwise
-    return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
+def _stream(container: Any) -> Any:
+    stream = containers.film_stream(container)
+    if stream is None:
+        raise MediaError("it must hold moving pictures; this file has none; mend the row")
+    return stream
+
+
+def _first(container: Any, stream: Any) -> Any:
+    frame = next(iter(container.decode(stream)), None)
+    if frame is None:
+        raise MediaError("a film must have frames; this one has none; replace the file")
+    return frame
+
+
+def _display(stream: Any, frame: Any, limits: Limits) -> _Display:
+    aspect = float(stream.sample_aspect_ratio or 1)
+    aspect = aspect if 0.25 <= aspect <= 4 else 1.0
+    width, height = max(1, round(frame.width * aspect)), int(frame.height)
+    _check_size(width, height, limits)
+    turns = round(frame.rotation / 90) % 4
+    return _Display(height, width, turns) if turns % 2 else _Display(width, height, turns)
+
+
+def _check_size(width: int, height: int, limits: Limits) -> None:
+    if not 0 < width * height <= limits.max_video_pixels:
+        raise MediaError(
+            f"a film's frame must have 1 to {limits.max_video_pixels:,} pixels; this one has "
+            f"{width} x {height} = {width * height:,}; shrink it or raise max_video_pixels"
+        )

@@ -1,4 +1,4 @@
-"""How large a media file may be before it is refused."""
+"""How large a media file may be, and how long one may take, before it is refused."""
 
 from dataclasses import dataclass, fields
 
@@ -9,7 +9,7 @@ from plait.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Bounds that are checked before anything is decoded.
+    """Bounds that protect the machine; all but the last are checked before anything is decoded.
 
     Raises:
         ConfigError: a bound is below 1, or above the one that Pillow itself keeps.
@@ -23,6 +23,9 @@ class Limits:
 
     max_audio_seconds: float = 3600.0
     """Of a sound after its cut. An hour at 48 kHz decodes to 690 MB of float32."""
+
+    max_audio_samples: int = 200_000_000
+    """In one channel at the file's own rate: 800 MB of float32, more than an hour at 48 kHz."""
 
     max_audio_bytes: int = 1024 * 1024 * 1024
     """Bytes of a sound's file, or of the film that it is in."""
@@ -38,6 +41,9 @@ class Limits:
 
     max_video_frames: int = 512
     """Frames that are read of one film."""
+
+    max_video_memory: int = 2 * 1024 * 1024 * 1024
+    """Bytes of all frames that are read of one film, at 3 a pixel."""
 
     max_decode_seconds: float = 60.0
     """Wall clock of one decoding, in a process that can be stopped."""

@@ -39,6 +39,11 @@ class MediaPart(ABC):
     def file(self) -> str:
         """The path, or a description of what is in memory; for messages."""
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether it is an array already, so that no decoder can be stuck in it."""
+        return False
+
     @abstractmethod
     def header(self, limits: Limits = ...) -> MediaHeader:
         """Read the header alone, and refuse what is over the limits."""

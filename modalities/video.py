@@ -1,78 +1,35 @@
-"""Films: paths, bytes, lists of frames and animated pictures, of which single frames are read.
-
-Frames are found by seeking: only what lies between a key frame and the frame that is wanted is
-decoded. Shape letters: F frames, H rows, W columns.
-"""
+"""Films: paths, bytes, lists of frames and animated pictures, of which single frames are read."""
 
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+import PIL.Image
 
-from plait.errors import ConfigError, DataError, MediaError, Origin
-from plait.modalities.animated import Animated, is_animated
-from plait.modalities.audio import Audio, AudioHeader, file_digest, sound_header
-from plait.modalities.containers import describe, opened, size_of
-from plait.modalities.film import FilmFacts, film_facts, frames_at
+from plait.errors import MediaError, Origin
+from plait.modalities import containers
+from plait.modalities.animated import animation_facts, is_animation, read_animation
+from plait.modalities.audio import Audio, AudioHeader
+from plait.modalities.film import film_facts, read_film
+from plait.modalities.frames import Facts, Frames, FrameSampling
 from plait.modalities.image import Image
 from plait.modalities.limits import Limits
 from plait.modalities.part import MediaHeader, MediaPart
+from plait.modalities.sources import check_cut, cut_name, digest_of, name_of, reading, size_of
 
 VideoSource = str | Path | bytes | Sequence[Any]
-SoundPlace = Literal["interleaved", "after"]
-
-
-@dataclass(frozen=True, slots=True)
-class FrameSampling:
-    """Which frames are read: `fps` a second and `max_frames` at most, or `count` uniform ones.
-
-    Raises:
-        ConfigError: a number is not above 0, or neither fps nor count is given.
-    """
-
-    fps: float | None = 1.0
-    """Frames a second, from the beginning on; `count` comes before it."""
-
-    max_frames: int | None = 64
-    """A longer film is read at so many uniform times instead; None is no limit."""
-
-    count: int | None = None
-    """So many uniform times, each in the middle of its share of the film."""
-
-    def __post_init__(self) -> None:
-        for name in ("fps", "max_frames", "count"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} of a frame sampling must be above 0; it is {value}")
-        if self.fps is None and self.count is None:
-            raise ConfigError("a frame sampling needs fps or count; give one")
-
-    def times(self, seconds: float) -> tuple[float, ...]:
-        """The times, in seconds, of the frames read of a film of so many seconds."""
-        if self.count is not None:
-            return _uniform(seconds, self.count)
-        fps = float(self.fps or 1.0)
-        wanted = max(1, math.ceil(round(seconds * fps, 6)))
-        if self.max_frames is not None and wanted > self.max_frames:
-            return _uniform(seconds, self.max_frames)
-        return tuple(number / fps for number in range(wanted))
-
-
-def _uniform(seconds: float, count: int) -> tuple[float, ...]:
-    return tuple((number + 0.5) * seconds / count for number in range(count))
 
 
 @dataclass(frozen=True, slots=True)
 class VideoHeader(MediaHeader):
-    """Width and height in pixels as the film is meant to be seen.
+    """Width and height in pixels as the film is meant to be seen; `audio` is its sound,
+    where it has one and the sample asks for it.
 
-    `seconds` is what the cut leaves. `audio` is the film's sound, where it has one and the sample
-    reads it. `sampling` is the sample's own wish, which comes before the encoder's.
+    `sampling` is the sample's own wish, which comes before the encoder's.
     """
 
     seconds: float
@@ -86,68 +43,56 @@ class VideoHeader(MediaHeader):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Frames:
-    """Decoded frames: `pixels` uint8 (F, H, W, 3), and `seconds` float64 (F,), when each begins.
-
-    F is the number of times that the sampling gives for the header's seconds; times count from
-    the film's own beginning, a cut's start included.
-    """
-
-    pixels: NDArray[np.uint8]
-    seconds: NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Video(MediaPart):
     """A film.
 
     Args:
-        source: A path, a file's bytes, an animated WebP, GIF or PNG, or a list of pictures (paths,
-            bytes, PIL images or arrays) of one size.
+        source: A path, a file's bytes, an animated WebP, GIF or PNG, or a list of pictures, each
+            anything that `Image` takes, all of one size.
         start, end: Seconds; None is the film's own end.
         sampling: Which frames to read, where it is not the encoder's to say.
         sound: Where the film's own sound is read: "interleaved" second by second with the frames,
-            "after" them, or None for not at all. A film without sound has none to read.
+            "after" them, or None for not at all.
         fps: Of a list of pictures; 1 a second by default.
 
     Raises:
-        MediaError: the source is none of these. What a path leads to is only read later.
+        MediaError: the source is none of these, or the cut has no length.
     """
 
     source: VideoSource
     start: float = 0.0
     end: float | None = None
     sampling: FrameSampling | None = None
-    sound: SoundPlace | None = None
+    sound: Literal["interleaved", "after"] | None = None
     fps: float | None = None
 
     medium: ClassVar[str] = "video"
 
     def __post_init__(self) -> None:
-        if isinstance(self.source, list | tuple):
-            if not self.source:
-                raise self._error("a film must have frames; this list is empty")
-            if self.sound is not None:
-                raise self._error("a list of pictures has no sound; leave sound out")
-        elif not isinstance(self.source, str | Path | bytes):
+        if not isinstance(self.source, str | Path | Sequence):
             raise self._error(
                 "a film must be a path, bytes or a list of pictures; it is "
                 f"{type(self.source).__name__}"
             )
-        elif self.fps is not None:
-            raise self._error("a film's file says its own rate; leave fps out")
-        if self.fps is not None and not self.fps > 0:
-            raise self._error(f"fps must be above 0; it is {self.fps}")
-        if self.sound is not None and self.sound not in get_args(SoundPlace):
-            raise self._error(f"sound is 'interleaved', 'after' or None; it is {self.sound!r}")
-        if not (self.start >= 0 and (self.end is None or self.start < self.end)):
+        if self.sound not in (None, "interleaved", "after"):
             raise self._error(
-                "a cut must go from a start of 0 or more to a later end; it goes from "
-                f"{self.start} to {self.end}"
+                f"a film's sound is 'interleaved', 'after' or None; it is {self.sound!r}"
             )
+        check_cut(self.file, "film", self.start, self.end)
+        if isinstance(self.source, str | Path | bytes):
+            if self.fps is not None:
+                raise self._error("a film's file says its own rate; leave out fps")
+            return
+        if not self.source:
+            raise self._error("a film must have frames; this list is empty; give pictures")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise self._error(f"a list's fps must be above 0; it is {self.fps}; mend the row")
+        if self.sound is not None:
+            raise self._error("a list of pictures has no sound; leave sound out")
+        object.__setattr__(self, "source", tuple(self.source))
 
     def __eq__(self, other: object) -> bool:
-        """Paths and bytes compare by value; lists of pictures only with themselves."""
+        """Paths and bytes compare by value, with what is read of them; lists picture by picture."""
         if not isinstance(other, Video):
             return NotImplemented
         return self._identity() == other._identity()
@@ -156,136 +101,169 @@ class Video(MediaPart):
         return hash(self._identity())
 
     def _identity(self) -> tuple[Any, ...]:
-        held = self.source if isinstance(self.source, str | Path | bytes) else id(self.source)
-        return type(self.source), held, self.cut, self.sound, self.fps
+        where: Any = self.source
+        if isinstance(where, tuple):
+            where = tuple(map(_picture, where))
+        how = (self.start, self.end, self.sampling, self.sound, self.fps)
+        return type(self.source), where, *how
 
     @property
     def file(self) -> str:
-        if isinstance(self.source, list | tuple):
-            return f"<{len(self.source)} pictures>"
-        return describe(self.source)
+        if isinstance(self.source, str | Path | bytes):
+            return name_of(self.source)
+        first = self.source[0] if isinstance(self.source, Sequence) and self.source else None
+        if isinstance(first, str | Path | bytes):
+            return name_of(first)
+        return "<list of pictures>"
 
     @property
     def cut(self) -> str:
-        facts = (self.start, self.end, self.sampling)
-        return "" if facts == (0.0, None, None) else f"{self.start}:{self.end}:{self.sampling}"
+        wish = "" if self.sampling is None else f" {self.sampling!r}"
+        rate = "" if self.fps is None else f" {self.fps!r} fps"
+        return cut_name(self.start, self.end) + wish + rate
+
+    @property
+    def in_memory(self) -> bool:
+        return isinstance(self.source, tuple) and all(
+            isinstance(_picture(picture).source, np.ndarray | PIL.Image.Image)
+            for picture in self.source
+        )
 
     def header(self, limits: Limits = Limits()) -> VideoHeader:  # noqa: B008  (frozen)
-        """Length, size, rate and sound; of a film's pictures only the first is decoded.
+        """Length, size, rate and sound; at most one frame is decoded, to learn how the film lies.
 
         Raises:
             MediaError: the file is missing, empty, over a limit or holds no film.
         """
-        facts, sound = self._facts(limits)
-        if facts.width * facts.height > limits.max_video_pixels:
+        facts = self._facts(limits)
+        end = facts.seconds if self.end is None else min(self.end, facts.seconds)
+        seconds = end - self.start
+        if not seconds > 0:
             raise self._error(
-                f"a film's frame must have at most {limits.max_video_pixels:,} pixels; this one "
-                f"has {facts.width} x {facts.height}; scale it down or raise max_video_pixels"
+                f"a film must have frames between its start and end; this one is "
+                f"{facts.seconds:g} s long, and is read from {self.start:g} s; mend the row"
             )
-        last = facts.seconds if self.end is None else min(self.end, facts.seconds)
-        if last <= self.start:
-            raise self._error(
-                f"a film must have frames; this one lasts {facts.seconds:.2f} s and is read from "
-                f"{self.start} s; mend its start or replace it"
-            )
-        if last - self.start > limits.max_video_seconds:
+        if seconds > limits.max_video_seconds:
             raise self._error(
                 f"a film must have at most {limits.max_video_seconds:g} s; this one has "
-                f"{last - self.start:.0f}; cut it with start and end, or raise max_video_seconds"
+                f"{seconds:g} s; cut it by start and end, or raise max_video_seconds"
             )
-        return VideoHeader(
-            seconds=last - self.start,
-            width=facts.width,
-            height=facts.height,
-            fps=facts.fps,
-            format=facts.format,
-            bytes=facts.bytes,
-            audio=sound,
-            sampling=self.sampling,
-        )
+        header = VideoHeader(
+            seconds, facts.width, facts.height, facts.fps, facts.format, facts.bytes,
+            self._sound(limits), self.sampling,
+        )  # fmt: skip
+        if self.sampling is not None:
+            self._check_frames(self.sampling, header, limits)
+        return header
 
     def load(self, limits: Limits, wanted: FrameSampling | None = None) -> Frames:
-        """The frames seen at the sampling's times.
-
-        Args:
-            wanted: The encoder's sampling, where the sample has none of its own.
+        """The frames that `wanted` (or the sample, or one a second) asks for, found by seeking.
 
         Raises:
-            MediaError: as for `header`, or a frame cannot be decoded, or too many are wanted.
+            MediaError: as for `header`, or the film is cut off, or cannot be decoded.
         """
         header = self.header(limits)
         sampling = self.sampling or wanted or FrameSampling()
-        times = [self.start + at for at in sampling.times(header.seconds)]
-        if len(times) > limits.max_video_frames:
-            raise self._error(
-                f"at most {limits.max_video_frames} frames of a film are read; the sampling asks "
-                f"for {len(times)}; lower its fps or count, or raise max_video_frames"
-            )
-        try:
-            found = self._frames(times, limits)
-        except DataError as error:
-            raise error.at(Origin(file=self.file)) from None
-        shape = (header.height, header.width, 3)
-        for at, pixels in found:
-            if pixels.shape != shape:
-                raise self._error(
-                    f"a film must keep its size, {header.width} x {header.height}; at {at:.2f} s "
-                    f"it is {pixels.shape[1]} x {pixels.shape[0]}; save it again"
-                )
-        seconds = np.array([at for at, _ in found], dtype=np.float64)
-        return Frames(np.stack([pixels for _, pixels in found]), seconds)
+        self._check_frames(sampling, header, limits)
+        times = np.array(sampling.times(header.seconds)) + self.start
+        if isinstance(self.source, tuple):
+            return self._stills(times, header, limits)
+        source = self._stored()
+        facts = Facts(
+            self.start + header.seconds, header.width, header.height, header.fps, header.format,
+            header.bytes,
+        )  # fmt: skip
+        with reading(source, "film", "decoded"):
+            if self._animated():
+                return read_animation(source, times, facts)
+            return read_film(source, times, facts, limits)
+
+    def soundtrack(self, header: MediaHeader) -> tuple[Audio | None, bool]:
+        """The film's own sound, over the same cut, where the sample asks and the film has some."""
+        assert isinstance(header, VideoHeader)
+        if self.sound is None or header.audio is None:
+            return None, False
+        return Audio(self._stored(), None, self.start, self.end), self.sound == "interleaved"
 
     def digest(self) -> str:
-        """SHA-256, in hex, of the file's bytes, or over the pictures of a list."""
-        if isinstance(self.source, str | Path | bytes):
-            return file_digest(self.source, "video")
-        digest = hashlib.sha256(f"plait film {self.fps}".encode())
-        for picture in self._pictures():
-            digest.update(picture.digest().encode())
+        """SHA-256, in hex, of the file's bytes, or of the digests of a list's pictures."""
+        if not isinstance(self.source, tuple):
+            return digest_of(self._stored(), "film")
+        digest = hashlib.sha256(b"plait frames")
+        for picture in self.source:
+            digest.update(bytes.fromhex(_picture(picture).digest()))
         return digest.hexdigest()
 
-    def soundtrack(self, header: MediaHeader) -> tuple[MediaPart | None, bool]:
-        held = getattr(header, "audio", None)
-        if self.sound is None or held is None or isinstance(self.source, list | tuple):
-            return None, False
+    @property
+    def _rate(self) -> float:
+        """Of a list, in pictures a second."""
+        return self.fps or 1.0
+
+    def _stored(self) -> str | Path | bytes:
         assert isinstance(self.source, str | Path | bytes)
-        track = Audio(self.source, start=self.start, end=self.end)
-        return track, self.sound == "interleaved"
+        return self.source
 
-    def _pictures(self) -> list[Image]:
-        assert isinstance(self.source, list | tuple)
-        return [held if isinstance(held, Image) else Image(held) for held in self.source]
+    def _animated(self) -> bool:
+        return is_animation(self._stored())
 
-    def _facts(self, limits: Limits) -> tuple[FilmFacts, AudioHeader | None]:
-        if not isinstance(self.source, str | Path | bytes):
-            first = self._pictures()[0].header(limits)
-            fps = self.fps or 1.0
-            seconds = len(self.source) / fps
-            return FilmFacts(seconds, first.width, first.height, fps, "pictures", first.bytes), None
-        size = size_of(self.source, "video", limits.max_video_bytes)
-        if is_animated(self.source):
-            with Animated(self.source) as animated:
-                return replace(animated.facts(), bytes=size), None
-        with opened(self.source, "video") as container:
-            facts = replace(film_facts(container), bytes=size)
-            if self.sound is None or not container.streams.audio:
-                return facts, None
-            sound = sound_header(container, size, limits)
-        return facts, sound
+    def _facts(self, limits: Limits) -> Facts:
+        if isinstance(self.source, tuple):
+            first = _picture(self.source[0]).header(limits)
+            seconds = len(self.source) / self._rate
+            return Facts(seconds, first.width, first.height, self._rate, "pictures", first.bytes)
+        source = self._stored()
+        size = size_of(source, "film", limits.max_video_bytes, "max_video_bytes")
+        with reading(source, "film", "read"):
+            if self._animated():
+                return animation_facts(source, size, limits)
+            with containers.opened(source, "film", limits) as container:
+                return film_facts(container, size, limits)
 
-    def _frames(
-        self, times: Sequence[float], limits: Limits
-    ) -> list[tuple[float, NDArray[np.uint8]]]:
-        """(when the frame begins, its pixels) at each time, which do not decrease."""
-        if not isinstance(self.source, str | Path | bytes):
-            pictures, fps = self._pictures(), self.fps or 1.0
-            places = [min(int(at * fps + 1e-6), len(pictures) - 1) for at in times]
-            return [(place / fps, pictures[place].decode(limits)) for place in places]
-        if is_animated(self.source):
-            with Animated(self.source) as animated:
-                return animated.frames_at(times)
-        with opened(self.source, "video") as container:
-            return frames_at(container, times)
+    def _sound(self, limits: Limits) -> AudioHeader | None:
+        """The header of the sound that is read beside the frames; None where there is none."""
+        if self.sound is None or isinstance(self.source, tuple) or self._animated():
+            return None
+        with containers.opened(self._stored(), "film", limits) as container:
+            if containers.sound_stream(container) is None:
+                return None
+        return Audio(self._stored(), None, self.start, self.end).header(limits)
+
+    def _stills(self, times: Any, header: VideoHeader, limits: Limits) -> Frames:
+        assert isinstance(self.source, tuple)
+        numbers = np.floor(times * self._rate + 1e-6).astype(int).clip(0, len(self.source) - 1)
+        pixels = np.empty((len(times), header.height, header.width, 3), np.uint8)
+        for at, number in enumerate(numbers):
+            picture = _picture(self.source[number]).load(limits)
+            if picture.shape != pixels.shape[1:]:
+                raise self._error(
+                    f"a film's pictures must have one size; picture {number} is "
+                    f"{picture.shape[1]} x {picture.shape[0]}, the first is {header.width} x "
+                    f"{header.height}; resize them"
+                )
+            pixels[at] = picture
+        return Frames(pixels, numbers / self._rate)
+
+    def _check_frames(self, sampling: FrameSampling, header: VideoHeader, limits: Limits) -> None:
+        number = sampling.frames(header.seconds)
+        memory = number * header.width * header.height * 3
+        if number > limits.max_video_frames:
+            raise self._error(
+                f"a film must be read with at most {limits.max_video_frames:,} frames; its "
+                f"sampling asks for {number:,}; ask for fewer or raise max_video_frames"
+            )
+        if memory > limits.max_video_memory:
+            raise self._error(
+                f"the frames of a film must fit in {limits.max_video_memory:,} bytes; {number:,} "
+                f"of {header.width} x {header.height} take {memory:,}; ask for fewer or raise "
+                "max_video_memory"
+            )
 
     def _error(self, message: str) -> MediaError:
         return MediaError(message, Origin(file=self.file))
+
+
+def _picture(picture: Any) -> Image:
+    return picture if isinstance(picture, Image) else Image(picture)
+
+
+__all__ = ["FrameSampling", "Frames", "Video", "VideoHeader"]
