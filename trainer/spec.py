@@ -52,6 +52,9 @@ class EncoderSpec:
     grid: tuple[int, int] | None = None
     """Pool each picture's features to this (height, width) in positions; None keeps them all."""
 
+    pool_frames: int = 1
+    """Average so many neighbouring time rows of a film or a sound, after `grid`."""
+
     projector: str = "mlp"
     """One of `plait.encoders.projectors.PROJECTORS`."""
 
