@@ -13,7 +13,7 @@ import os
 import sqlite3
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -50,9 +50,15 @@ class HeaderCache:
 
     Args:
         folder: Made when the first header is written.
+        read: Reads a header that is not in the cache.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        read: Callable[[MediaPart, Limits], MediaHeader] = lambda part, limits: part.header(limits),
+    ) -> None:
+        self._read = read
         self.path = Path(folder) / f"{_FORMAT}.sqlite"
         self._lock = threading.Lock()
         self._memory: OrderedDict[tuple[_Key, _State], MediaHeader] = OrderedDict()
@@ -69,13 +75,13 @@ class HeaderCache:
         """
         key, state = _key_of(part, limits), _state_of(part)
         if key is None or state is None:
-            return part.header(limits)
+            return self._read(part, limits)
         with self._lock:
             found = self._memory.get((key, state)) or self._stored(part.medium, key, state)
             if found is not None:
                 self._remember(key, state, found)
                 return found
-        header = part.header(limits)
+        header = self._read(part, limits)
         with self._lock:
             self._remember(key, state, header)
             self._unwritten[key] = (state, json.dumps(asdict(header)))  # type: ignore[call-overload]

@@ -1,8 +1,9 @@
 """From an item's reference to what its encoder reads: cached features, or decoded inputs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from plait.datasets.decoding import Decoder
 from plait.datasets.views import Views
 from plait.encoders.feature_cache import FeatureCache
 from plait.encoders.media_encoder import MediaEncoder
@@ -25,6 +26,7 @@ class ItemLoader:
     views: Views
     limits: Limits
     caches: Mapping[str, FeatureCache]
+    decoder: Decoder = field(default_factory=Decoder)
 
     def __call__(self, item: Item) -> ItemInputs:
         cache = self.caches.get(item.plan.encoder)
@@ -35,7 +37,7 @@ class ItemLoader:
         return self.decode(item)
 
     def decode(self, item: Item) -> ItemInputs:
-        media = item.part.decode(self.limits, item.plan.wanted)
+        media = self.decoder.decode(item.part, self.limits, item.plan.wanted)
         if self._view(item):
             media = self.views.apply(media, item.part.digest(), item.view)
         return ItemInputs(inputs=self.encoders[item.plan.encoder].encoder.process(media))

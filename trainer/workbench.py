@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from plait.datasets.columns import Measured, RowCounts
+from plait.datasets.decoding import Decoder
 from plait.datasets.executor import Executor
 from plait.datasets.fetch import home
 from plait.datasets.headers import HeaderCache
@@ -52,9 +53,14 @@ class Workbench:
         return {name: self.built.model.media_encoder(name) for name in self.built.model.encoders}
 
     @cached_property
+    def decoder(self) -> Decoder:
+        """Decodes for all of the run; its processes start with the first sound or film."""
+        return Decoder(max(1, self.config.train.workers))
+
+    @cached_property
     def headers(self) -> HeaderCache:
         """Headers of media files, read once for all runs."""
-        return HeaderCache(home() / "headers")
+        return HeaderCache(home() / "headers", self.decoder.header)
 
     @cached_property
     def loading(self) -> ItemLoader:
@@ -68,7 +74,8 @@ class Workbench:
             for name in cacheable(self.built.model)
             if config.cache_features
         }
-        return ItemLoader(self.encoders, self.config.views, self.config.data.limits, caches)
+        limits = self.config.data.limits
+        return ItemLoader(self.encoders, self.config.views, limits, caches, self.decoder)
 
     @cached_property
     def reader(self) -> Reader:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plait.datasets.decoding import Decoder
 from plait.errors import CheckpointError, DataError, ModelError, UnknownNameError
 from plait.stream import Document, Item, ItemInputs, pack
 from plait.trainer import checkpoint
@@ -42,6 +43,9 @@ class Executor:
 
     def __init__(self, built: Built) -> None:
         self.built, self.model = built, built.model
+        self.decoder = Decoder()
+        for name in self.model.encoders:
+            self.model.media_encoder(name).headers = self.decoder.header
         self.random = torch.Generator().manual_seed(built.seed).get_state()
         self.steps = 0
         self.pending_weight = 0.0
@@ -89,7 +93,7 @@ class Executor:
     def _load_item(self, item: Item) -> ItemInputs:
         encoder = self.model.media_encoder(item.plan.encoder).encoder
         try:
-            media = item.part.decode(self.built.limits, item.plan.wanted)
+            media = self.decoder.decode(item.part, self.built.limits, item.plan.wanted)
             return ItemInputs(inputs=encoder.process(media))
         except DataError as error:
             raise error.at(item.origin) from error
