@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("configs", "datasets", "encoders", "kernels", "modalities", "trainer")
 ROOMS = tuple(room for room in LINKED if room != "configs")
-PACKAGES = ("client", "stream")
+PACKAGES = ("cli", "client", "stream")
 """Folders of plait/ that are no links."""
 
 MAY_IMPORT = {
