@@ -236,6 +236,8 @@ class Audio(MediaPart):
         most = self.start + limits.max_audio_seconds if self.end is None else self.end
         seconds = containers.sound_seconds(container, stream, film, most)
         form = containers.format_of(container)
+        if form == "wav" and not isinstance(self.source, np.ndarray):
+            containers.check_wav(self.source, size)
         facts = (rate, channels, form, size)
         return self._cut(round(seconds * rate), facts, origin, film is None, limits)
 

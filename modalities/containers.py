@@ -18,6 +18,9 @@ FORMATS = (
 """FFmpeg's demuxers that are let in. Play lists (hls, dash, concat) and numbered pictures read
 other files, whose names the opened one chooses; devices and generators never end."""
 
+_HEAD = 65_536
+"""Bytes at the beginning of a WAV file in which its samples begin, or are not looked for."""
+
 _LEAST_BYTES_A_SECOND = 25
 """No coder of sound gets below; silence in FLAC or Opus comes near."""
 
@@ -137,6 +140,33 @@ def sound_seconds(container: Any, stream: Any, film: Any | None, most: float) ->
     if said > size / _LEAST_BYTES_A_SECOND:
         return counted_seconds(container, stream, most)
     return said
+
+
+def check_wav(source: Stored, size: int) -> None:
+    """FFmpeg takes a WAV file that is cut off for a shorter one; its header knows better.
+
+    Raises:
+        MediaError: the file ends before its samples do.
+    """
+    head = source[:_HEAD] if isinstance(source, bytes) else _head_of(Path(source))
+    at = 12
+    while at + 8 <= len(head):
+        length = int.from_bytes(head[at + 4 : at + 8], "little")
+        if head[at : at + 4] == b"data":
+            # Writers to a pipe cannot know the length and put one of these.
+            streamed = length == 0 or length & 0x7FFF_FF00 == 0x7FFF_FF00
+            if not streamed and at + 8 + length > size:
+                raise MediaError(
+                    f"a sound must be as long as its header says, {length:,} bytes; the file has "
+                    f"{size - at - 8:,}; it is cut off: replace the file"
+                )
+            return
+        at += 8 + length + length % 2
+
+
+def _head_of(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_HEAD)
 
 
 def _bits(context: Any) -> int:
