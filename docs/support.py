@@ -63,6 +63,8 @@ ROWS = (
     Row("encoder", "mel", RANDOM, "encoders/test_mel.py::test_frames_equal_transformers_log_mel"),
     Row("encoder", "sound_cnn", f"{AISFX}, Asterisk prompts",
         "encoders/test_sound_cnn.py::test_features_equal_the_reference"),
+    Row("encoder", "video", RANDOM,
+        "encoders/test_video.py::test_each_frame_is_encoded_as_the_picture_it_is"),
     Row("layout", "plain", f"{SMOLLM2} with {LITE0}", _LOOP),
     Row("layout", "qwen3_vl", RANDOM, _QWEN),
     Row("language family", "llama", SMOLLM2, _LOOP),

@@ -24,6 +24,7 @@ BUILT_IN = {
     "hf_vision": "plait.encoders.hf_vision.encoder:HfVision",
     "mel": "plait.encoders.mel.encoder:Mel",
     "sound_cnn": "plait.encoders.sound_cnn.encoder:SoundCnn",
+    "video": "plait.encoders.video.encoder:VideoFrames",
 }
 
 

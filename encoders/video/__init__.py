@@ -1,0 +1,1 @@
+"""Any image encoder over the frames of a film."""
