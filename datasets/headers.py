@@ -160,13 +160,11 @@ class HeaderCache:
             self._connection = None  # a parent's, which a child must not touch
         if self._connection is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(
-                self.path, timeout=_WAIT_SECONDS, check_same_thread=False
-            )
-            self._process = os.getpid()
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=NORMAL")
-            self._connection.execute(_TABLE)
+            connection = sqlite3.connect(self.path, timeout=_WAIT_SECONDS, check_same_thread=False)
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+            connection.execute(_TABLE)
+            self._connection, self._process = connection, os.getpid()
         return self._connection
 
     def _disconnect(self) -> None:

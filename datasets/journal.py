@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from plait.datasets.ledger import RowName, row_name
-from plait.errors import CheckpointError, Origin
+from plait.errors import CheckpointError, DecodeTimeoutError, Origin
 
 
 class Journal:
@@ -28,18 +28,18 @@ class Journal:
 
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = None if path is None else Path(path)
-        self._reasons: dict[tuple[int, RowName], str] = {}
+        self._errors: dict[tuple[int, RowName], DecodeTimeoutError] = {}
         if self.path is not None and self.path.is_file():
             self._read(self.path)
 
     def __len__(self) -> int:
-        return len(self._reasons)
+        return len(self._errors)
 
-    def reason(self, epoch: int, origin: Origin) -> str | None:
-        """Why a row is dropped in an epoch; None where it is not in the journal."""
-        if not self._reasons:
+    def error(self, epoch: int, origin: Origin) -> DecodeTimeoutError | None:
+        """What a row raised in an epoch; None where it is not in the journal."""
+        if not self._errors:
             return None
-        return self._reasons.get((epoch, row_name(origin.dataset, origin.row, origin.file)))
+        return self._errors.get((epoch, row_name(origin.dataset, origin.row, origin.file)))
 
     def add(self, epoch: int, origin: Origin, reason: str) -> None:
         """Write a row down; when this returns it is on the disk. A row that stands there stays.
@@ -48,7 +48,7 @@ class Journal:
             CheckpointError: it cannot be written.
         """
         key = (epoch, row_name(origin.dataset, origin.row, origin.file))
-        if key in self._reasons:
+        if key in self._errors:
             return
         if self.path is not None:
             line = {
@@ -57,7 +57,7 @@ class Journal:
             }  # fmt: skip
             text = json.dumps(line, ensure_ascii=False) + "\n"
             self._append(self.path, text.encode("utf-8", "backslashreplace"))
-        self._reasons[key] = reason
+        self._errors[key] = DecodeTimeoutError(reason, origin)
 
     @staticmethod
     def _append(path: Path, line: bytes) -> None:
@@ -86,8 +86,9 @@ class Journal:
             whole = content.rfind(b"\n") + 1
             for text in content[:whole].splitlines():
                 fact = json.loads(text)
-                name = row_name(fact["dataset"], fact["row"], fact["file"])
-                self._reasons[int(fact["epoch"]), name] = str(fact["reason"])
+                origin = Origin(fact["dataset"], fact["row"], fact["file"])
+                key = (int(fact["epoch"]), row_name(origin.dataset, origin.row, origin.file))
+                self._errors[key] = DecodeTimeoutError(str(fact["reason"]), origin)
             if whole < len(content):
                 os.truncate(path, whole)
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -78,7 +78,7 @@ class Loader:
         self.settings = settings
         self.policy = policy or FailurePolicy()
         self.ledger = ledger or NullLedger()
-        self.journal = journal or Journal()
+        self.journal = Journal() if journal is None else journal
         self._samples, self._render, self._load = samples, render, load
         self._rendering = threading.Lock()
         chosen = _checked(indices, len(samples))
@@ -262,8 +262,8 @@ class Loader:
     def _work(self, task: Task) -> Loaded:
         row = task.row
         try:
-            if (reason := self.journal.reason(task.epoch, row.origin)) is not None:
-                raise DecodeTimeoutError(reason)
+            if (timeout := self.journal.error(task.epoch, row.origin)) is not None:
+                raise DecodeTimeoutError(timeout.message, timeout.origin)
             # Tokenizers and record files are not promised to be safe for threads; decoding is.
             with self._rendering:
                 sample = self._samples[row.row]

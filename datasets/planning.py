@@ -185,6 +185,8 @@ class Units:
 def units_of(measured: Measured) -> Units:
     """The units of the usable rows."""
     group, rows = measured.columns["group"], np.arange(len(measured))
+    if not measured.groups:
+        return Units(rows, np.arange(len(measured) + 1))
     keys = np.where(group == NONE, rows, len(rows) + group)
     _, first, inverse, sizes = np.unique(
         keys, return_index=True, return_inverse=True, return_counts=True

@@ -60,7 +60,7 @@ class Schedule:
         shares: The datasets of a blend, which together hold all rows; none is a single dataset.
 
     Raises:
-        DataError: a dataset of the blend has no usable row.
+        DataError: a dataset of the blend has no usable row, or a row is over a budget.
     """
 
     def __init__(
@@ -71,6 +71,10 @@ class Schedule:
         limits = settings.given()
         self._limits = tuple(limits.values())
         self._costs = self._units.sums(costs_of(measured, settings))
+        if (self._costs > np.array(self._limits)).any():
+            raise DataError(
+                "a plan needs rows that a pack can hold, and some are over a budget; screen them"
+            )
         self._pools = _pools(measured, self._units, shares)
 
     def block(self, number: int) -> Block:

@@ -111,3 +111,36 @@ def test_negative_settings_are_refused() -> None:
         Executor(workers=-1)
     with pytest.raises(ConfigError, match="ahead"):
         Executor(ahead=-1)
+
+
+def test_no_task_begins_while_what_waits_weighs_too_much() -> None:
+    begun: list[int] = []
+
+    def work(task: int) -> bytes:
+        begun.append(task)
+        return bytes(100)
+
+    batches = [[4 * number + task for task in range(4)] for number in range(12)]
+    given = Executor(2, ahead=11).map(work, batches, weigh=len, most=600)
+    most = 0
+    for number, _ in enumerate(given):
+        time.sleep(0.01)  # time enough to decode everything
+        most = max(most, len(begun) - 4 * (number + 1))
+    assert sorted(begun) == list(range(48))
+    assert 4 <= most <= 6 + 1 + 2, "600 bytes, one over, and one of each thread"
+
+
+def test_a_batch_heavier_than_the_bound_is_given_all_the_same() -> None:
+    for most in (0, 1, 250):
+        heavy = Executor(3, ahead=4).map(
+            lambda _: bytes(1000), [range(5)] * 6, weigh=len, most=most
+        )  # fmt: skip
+        assert [len(batch) for batch in heavy] == [5] * 6
+
+
+def test_closing_ends_tasks_that_wait_for_room() -> None:
+    given = Executor(2, ahead=5).map(lambda _: bytes(1000), [[1, 2]] * 6, weigh=len, most=0)
+    next(given)
+    time.sleep(0.05)
+    given.close()
+    assert not ahead_threads()
