@@ -18,6 +18,8 @@ from plait.datasets.fetch.prepare import PREPARERS, Prepared
 from plait.datasets.fetch.prepare.asterisk import MAX_SECONDS, spoken
 from plait.datasets.fetch.prepare.sounds import named
 from plait.datasets.fetch.sources import load_source, source_names
+from plait.datasets.records import open_records
+from plait.datasets.splits import KEYS, SplitOptions, split
 from plait.encoders.weights.packages import WEIGHTS_PACKAGES
 from plait.errors import FetchError
 from plait.modalities import Audio, AudioHeader, Image, Limits, Video, VideoHeader
@@ -426,3 +428,15 @@ def test_every_header_of_real_media_is_read_and_some_are_decoded(name: str) -> N
         if number % 25 == 0:
             loaded = part.load(Limits())
             assert not isinstance(loaded, Sound) or len(loaded.samples) == header.samples
+
+
+@pytest.mark.weights
+def test_a_prepared_source_is_opened_as_rows_of_messages() -> None:
+    _, rows = real("words")
+    records = open_records(dataset_folder("words"))
+    assert (records.dialect, len(records)) == ("jsonl", len(rows))
+    assert (records[-1].id, records[-1].label) == (rows[-1]["id"], rows[-1]["label"])
+    answers = SplitOptions(by="answer", test=0.1)
+    sides = split(records, answers)
+    held = {KEYS["answer"](records[row]) for row in sides.test}
+    assert held and not held & {KEYS["answer"](records[row]) for row in sides.train}
