@@ -61,6 +61,10 @@ ROWS = (
     *(Row("encoder", f"hf_audio: {family}", RANDOM, _SOUND)
       for family in SOUND_FAMILIES if family != "whisper"),
     Row("encoder", "mel", RANDOM, "encoders/test_mel.py::test_frames_equal_transformers_log_mel"),
+    Row("encoder", "patches", RANDOM,
+        "encoders/test_patches.py::test_patches_are_the_pictures_pixels_row_by_row"),
+    Row("encoder", "tubelets", RANDOM,
+        "encoders/test_tubelets.py::test_cubes_are_the_films_pixels_time_by_time"),
     Row("encoder", "sound_cnn", f"{AISFX}, Asterisk prompts",
         "encoders/test_sound_cnn.py::test_features_equal_the_reference"),
     Row("encoder", "video", RANDOM,

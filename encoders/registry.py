@@ -23,7 +23,9 @@ BUILT_IN = {
     "hf_audio": "plait.encoders.hf_audio.encoder:HfAudio",
     "hf_vision": "plait.encoders.hf_vision.encoder:HfVision",
     "mel": "plait.encoders.mel.encoder:Mel",
+    "patches": "plait.encoders.patches.encoder:Patches",
     "sound_cnn": "plait.encoders.sound_cnn.encoder:SoundCnn",
+    "tubelets": "plait.encoders.tubelets.encoder:Tubelets",
     "video": "plait.encoders.video.encoder:VideoFrames",
 }
 

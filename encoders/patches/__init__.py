@@ -1,0 +1,1 @@
+"""Patches of a picture's pixels, without a tower."""

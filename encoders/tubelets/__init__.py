@@ -1,0 +1,1 @@
+"""Cubes of a film's pixels, without a tower."""
