@@ -1,5 +1,6 @@
 """What happens to rows that cannot be used, and how many may break before a run stops."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -89,11 +90,11 @@ class FailurePolicy:
         ) from error
 
     def summary(self) -> str:
-        """The rows that broke, counted by reason: "7: a picture must be whole; 2: ..."."""
-        reasons = Counter(self._broken.values()).most_common()
-        shown = [f"{number}: {reason}" for reason, number in reasons[:REASONS_SHOWN]]
-        rest = sum(number for _, number in reasons[REASONS_SHOWN:])
-        return "; ".join([*shown, *([f"{rest}: other reasons"] if rest else [])])
+        """The rows that broke, counted by the rule they broke: "7 x a picture must be whole"."""
+        rules = Counter(_rule(message) for message in self._broken.values()).most_common()
+        shown = [f"{number} x {rule}" for rule, number in rules[:REASONS_SHOWN]]
+        rest = sum(number for _, number in rules[REASONS_SHOWN:])
+        return "; ".join([*shown, *([f"{rest} x other reasons"] if rest else [])])
 
     def state_dict(self) -> dict[str, Any]:
         """The counters, ready for JSON. The limits are settings and not part of it."""
@@ -106,3 +107,8 @@ class FailurePolicy:
         self._broken = {
             (dataset, row, file): message for dataset, row, file, message in state["broken"]
         }
+
+
+def _rule(message: str) -> str:
+    """The first clause of a message, without the numbers of one file."""
+    return re.sub(r"\d[\d,.]*", "N", re.split(r"[;:]", message, maxsplit=1)[0]).strip()

@@ -3,7 +3,8 @@
 import plait  # noqa: F401, I001  (must come first; see plait/__init__.py)
 
 import os
-from collections.abc import Iterator
+import wave
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,35 @@ def tiny_recipe(tmp_path: Path, tiny_values: dict[str, Any]) -> Path:
     values = tiny_values | {"run_dir": str(tmp_path / "run")}
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     return file
+
+
+@pytest.fixture(scope="session")
+def write_sound() -> Callable[[Path, int], None]:
+    """Writes half a second of a tone, at 8 kHz, whose pitch a number says."""
+
+    def write(path: Path, seed: int) -> None:
+        tone = np.sin(2 * np.pi * 200 * (seed % 15 + 1) * np.arange(4000) / 8000)
+        with wave.open(str(path), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(8000)
+            file.writeframes((20_000 * tone).astype("<i2").tobytes())
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_film() -> Callable[[Path, int], None]:
+    """Writes a second of seeded noise at six frames a second."""
+    import av
+
+    def write(path: Path, seed: int) -> None:
+        pictures = np.random.default_rng(seed).integers(0, 255, (6, 48, 64, 3), dtype=np.uint8)
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("mpeg4", rate=6)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            for picture in pictures:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+            container.mux(stream.encode(None))
+
+    return write

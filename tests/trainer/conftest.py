@@ -1,6 +1,7 @@
 """Small models in memory, and samples of text and pictures to put through them."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,3 +112,32 @@ class Lab:
 @pytest.fixture
 def lab(tiny_language: Path, tiny_vision: Path) -> Lab:
     return Lab(tiny_language, tiny_vision)
+
+
+@pytest.fixture(scope="session")
+def mixed_media(
+    tmp_path_factory: pytest.TempPathFactory,
+    write_sound: Callable[[Path, int], None],
+    write_film: Callable[[Path, int], None],
+) -> dict[str, Path]:
+    """Tables of sounds, films and chats by name; one of ten sounds and of ten films is cut."""
+    folder = tmp_path_factory.mktemp("mixed-media")
+    for number in range(10):
+        write_sound(folder / f"{number}.wav", number)
+        write_film(folder / f"{number}.mp4", number)
+    for broken in (folder / "4.wav", folder / "7.mp4"):
+        broken.write_bytes(broken.read_bytes()[:40])
+    answers = ["red disc", "blue bar", "green cross"]
+    kinds = {"sounds": ("audio", "audios", "wav"), "films": ("video", "videos", "mp4")}
+    tables = {}
+    for name in ("sounds", "films", "chats"):
+        rows = []
+        for number in range(10):
+            answer = {"role": "assistant", "content": answers[number % 3]}
+            mark, key, ending = kinds.get(name, ("", "", ""))
+            asked = f"<{mark}>a shape" if mark else f"the shape {number}"
+            row: dict[str, Any] = {"messages": [{"role": "user", "content": asked}, answer]}
+            rows.append(row | ({key: [f"{number}.{ending}"]} if key else {}))
+        tables[name] = folder / f"{name}.jsonl"
+        tables[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tables

@@ -264,3 +264,86 @@ def test_a_run_that_stopped_early_is_not_trained_further(
     assert losses(folder / "run") == before
     found = metrics(folder / "run")
     assert (found["steps"], found["best_step"]) == (2, 1)
+
+
+MIXED = {
+    "by the clock": 6000,
+    "decoding ahead": 40,
+    "pack given": 12,
+    "accumulation": 9,
+    "optimiser step": 9,
+    "after the step": 3,
+    "ledger synced": 2,
+    "writing a checkpoint": 4,
+}
+"""Moments of a mixed run, as `MOMENTS`; the clock's are in milliseconds."""
+
+
+@pytest.fixture(scope="module")
+def mixed_values(
+    values: dict[str, Any], mixed_media: dict[str, Path], tiny_vision: Path
+) -> dict[str, Any]:
+    """Four media in a blend, one file in ten of them broken; everything is decoded on the way."""
+    data = values["data"]
+    pictures = {"name": "pictures", "path": data["path"], "captions": data["captions"]}
+    blend = [{"data": pictures, "weight": 2, "epochs": 3}]
+    for name, path in mixed_media.items():
+        blend.append({"data": {"name": name, "path": str(path)}, "weight": 1})
+    image = values["model"]["encoders"]["image"]
+    film = {"name": "video", "grid": [1, 1], "timestamps": True}
+    film["options"] = {"image": "hf_vision", "weights": str(tiny_vision), "count": 2}
+    encoders = {"image": image, "audio": {"name": "mel"}, "video": film}
+    split = {"test": 2, "validation": 1, "near_duplicate_bits": None}
+    return values | {
+        "data": {
+            "blend": blend, "split": split,
+            "broken": {"on_error": "skip", "max_consecutive": None},
+        },
+        "model": values["model"] | {"encoders": encoders},
+        "train": values["train"] | {"workers": 2, "cache_features": False, "capacity": 96},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mixed_uninterrupted(
+    driver: Driver, mixed_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = begin(tmp_path_factory.mktemp("mixed"), mixed_values)
+    assert driver.run(folder) == 0, (folder / "output.txt").read_text()
+    return folder / "run"
+
+
+def test_a_mixed_run_says_what_it_drew(mixed_uninterrupted: Path) -> None:
+    found = metrics(mixed_uninterrupted)["data"]["rows"]
+    assert set(found) == {"pictures", "sounds", "films", "chats"}
+    last = losses(mixed_uninterrupted)[-1]
+    assert {name: float(last[f"rows/{name}"]) for name in found} == found
+    lines = [json.loads(x) for x in (mixed_uninterrupted / "ledger.jsonl").open()]
+    trained = Counter(line["dataset"] for line in lines if line["status"] == "used")
+    assert trained == found
+    broken = {(line["dataset"], line["row"]) for line in lines if line["status"] == "broken"}
+    assert {dataset for dataset, _ in broken} == {"sounds", "films"}
+    assert not count(mixed_uninterrupted / "ledger.jsonl").twice
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_mixed_run_killed_at_seeded_moments(
+    driver: Driver, mixed_values: dict[str, Any], mixed_uninterrupted: Path, tmp_path: Path,
+    kills: int,
+) -> None:  # fmt: skip
+    """Text, pictures, sounds and films in a blend, with workers, look-ahead and accumulation."""
+    generator = random.Random(kills)
+    folder, runs, killed = begin(tmp_path / "0", mixed_values), 0, Counter[str]()
+    while killed.total() < kills:
+        phase = generator.choice(list(MIXED))
+        ended = driver.run(folder, phase, generator.randint(1, MIXED[phase]))
+        if ended == 0:  # it ended before its moment came: a new run meets the next
+            assert_same_run(folder / "run", mixed_uninterrupted)
+            runs += 1
+            folder = begin(tmp_path / str(runs), mixed_values)
+            continue
+        assert ended == -signal.SIGKILL, (folder / "output.txt").read_text()
+        killed[phase] += 1
+    assert driver.run(folder) == 0, (folder / "output.txt").read_text()
+    assert_same_run(folder / "run", mixed_uninterrupted)
+    print(f"\n{kills} kills: {dict(killed)}; {runs + 1} runs resumed to their end")
