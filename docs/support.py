@@ -12,6 +12,7 @@ from pathlib import Path
 from plait.datasets.records import DIALECTS
 from plait.encoders import layouts
 from plait.encoders.hf_audio.model import FAMILIES as SOUND_FAMILIES
+from plait.encoders.hf_video.model import FAMILIES as FILM_FAMILIES
 from plait.encoders.hf_vision.model import FAMILIES
 from plait.encoders.projectors import POOLS, PROJECTORS
 from plait.encoders.registry import BUILT_IN
@@ -60,6 +61,9 @@ ROWS = (
     Row("encoder", "hf_audio: whisper", f"{WHISPER}, Asterisk prompts", _WHISPER),
     *(Row("encoder", f"hf_audio: {family}", RANDOM, _SOUND)
       for family in SOUND_FAMILIES if family != "whisper"),
+    *(Row("encoder", f"hf_video: {family}", RANDOM,
+          "encoders/test_hf_video.py::test_features_equal_transformers_and_a_batch_equals_one_by_one")
+      for family in FILM_FAMILIES),
     Row("encoder", "mel", RANDOM, "encoders/test_mel.py::test_frames_equal_transformers_log_mel"),
     Row("encoder", "patches", RANDOM,
         "encoders/test_patches.py::test_patches_are_the_pictures_pixels_row_by_row"),
@@ -104,9 +108,10 @@ def components() -> set[tuple[str, str]]:
     """(kind, name) of everything that is registered, and so needs a row."""
     layout_files = (Path(folder).glob("*.py") for folder in layouts.__path__)
     found: dict[str, Iterable[str]] = {
-        "encoder": BUILT_IN.keys() - {"hf_audio", "hf_vision"}
+        "encoder": BUILT_IN.keys() - {"hf_audio", "hf_video", "hf_vision"}
         | {f"hf_vision: {f}" for f in FAMILIES}
-        | {f"hf_audio: {f}" for f in SOUND_FAMILIES},
+        | {f"hf_audio: {f}" for f in SOUND_FAMILIES}
+        | {f"hf_video: {f}" for f in FILM_FAMILIES},
         "layout": (file.stem for files in layout_files for file in files if file.stem[0] != "_"),
         "row dialect": DIALECTS,
         "pool": POOLS,

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
@@ -27,7 +28,7 @@ def reading_checkpoint(encoder: str, folder: Path) -> Iterator[None]:
             yield
     except ConfigError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError) as error:
         raise ConfigError(
             f"encoder {encoder!r} needs a checkpoint with config.json, preprocessor_config.json "
             f"and safetensors weights; {str(folder)!r} is not one: {str(error).splitlines()[0]}"

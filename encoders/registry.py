@@ -21,6 +21,7 @@ _NAME = re.compile(r"[\w-]+")
 BUILT_IN = {
     "efficientnet_lite": "plait.encoders.efficientnet_lite.encoder:EfficientNetLite",
     "hf_audio": "plait.encoders.hf_audio.encoder:HfAudio",
+    "hf_video": "plait.encoders.hf_video.encoder:HfVideo",
     "hf_vision": "plait.encoders.hf_vision.encoder:HfVision",
     "mel": "plait.encoders.mel.encoder:Mel",
     "patches": "plait.encoders.patches.encoder:Patches",

@@ -40,7 +40,7 @@ def processed_size(processor: Any, height: int, width: int) -> tuple[int, int]:
     return (long, short) if width <= height else (short, long)
 
 
-def check_plannable(processor: Any) -> None:
+def check_plannable(processor: Any, encoder: str = "hf_vision") -> None:
     """Refuse a processor whose output size `processed_size` does not know.
 
     Raises:
@@ -49,7 +49,7 @@ def check_plannable(processor: Any) -> None:
     size = getattr(processor, "size", None)
     if getattr(processor, "do_pad", False) or _side(size, "longest_edge") is not None:
         raise ConfigError(
-            "encoder 'hf_vision' needs an image processor that resizes to a fixed size, to a "
+            f"encoder {encoder!r} needs an image processor that resizes to a fixed size, to a "
             f"shortest edge, or to a number of patches; {type(processor).__name__} has "
             f"do_pad={getattr(processor, 'do_pad', None)} and size={size}: change its "
             "preprocessor_config.json"

@@ -1,0 +1,1 @@
+"""VideoMAE checkpoints of transformers."""
