@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from plait.datasets.records import DIALECTS
+from plait.datasets.records import DIALECTS, TABLES
 from plait.encoders import layouts
 from plait.encoders.hf_audio.model import FAMILIES as SOUND_FAMILIES
 from plait.encoders.hf_video.model import FAMILIES as FILM_FAMILIES
@@ -49,6 +49,8 @@ _TOWER = "encoders/test_hf_vision.py::test_features_equal_transformers"
 _SOUND = "encoders/test_hf_audio.py::test_features_equal_transformers_and_a_batch_equals_one_by_one"
 _WHISPER = "encoders/test_hf_audio.py::test_real_whisper_equals_transformers_and_hears_what_differs"
 _QWEN = "trainer/test_qwen3_vl.py::test_every_position_of_a_packed_row_equals_transformers"
+FACTORY = "the demos of llamafactory 0.9.5's source archive"
+_DEMOS = "datasets/test_dialects.py::test_llamafactory_s_demos_load_without_being_told"
 _PACKED = "trainer/test_packing.py::test_a_packed_row_equals_transformers_own_forward"
 _LOOP = "test_readme.py::test_the_loop_learns_its_one_picture"
 _PROJECTORS = "encoders/test_media_encoder.py::test_projectors_start_with_the_embeddings_spread"
@@ -80,10 +82,21 @@ ROWS = (
     Row("language family", "qwen3_vl", RANDOM, _QWEN),
     Row("row dialect", "folder", f"{STAMPS}, in `make demo`",
         "datasets/test_records.py::test_folder_rows_are_sorted_pictures_with_texts"),
-    Row("row dialect", "csv", GENERATED,
-        "datasets/test_records.py::test_csv_folder_file_and_media_dir"),
-    Row("row dialect", "jsonl", GENERATED,
-        "datasets/test_records_jsonl.py::test_images_stand_where_they_are_written"),
+    Row("row dialect", "messages", f"{FACTORY}: pictures, sounds and films", _DEMOS),
+    Row("row dialect", "instructions", f"{FACTORY}; easy-vqa's 38,575 questions",
+        "datasets/test_dialects.py::test_easy_vqa_loads_without_being_told"),
+    Row("row dialect", "preference", FACTORY, _DEMOS),
+    Row("row dialect", "sharegpt", f"{FACTORY}: tool calls", _DEMOS),
+    *(Row("row dialect", name, GENERATED,
+          "datasets/test_dialects.py::test_a_file_may_hold_any_mix_of_rows")
+      for name in ("captions", "text")),
+    *(Row("table", name, ran_on, f"datasets/{test}") for name, ran_on, test in (
+        ("jsonl", "1321 s of Asterisk prompts (`plait fetch speech`)",
+         "test_fetch_rows.py::test_a_prepared_source_is_opened_as_rows_of_messages"),
+        ("json", FACTORY, _DEMOS.removeprefix("datasets/")),
+        ("csv", GENERATED, "test_dialects.py::test_parquet_and_csv_hold_the_same_rows"),
+        ("parquet", GENERATED, "test_dialects.py::test_parquet_and_csv_hold_the_same_rows"),
+    )),
     Row("pool", "keep", RANDOM, _QWEN),
     Row("pool", "grid", LITE0, _LOOP),
     Row("pool", "time", RANDOM,
@@ -114,6 +127,7 @@ def components() -> set[tuple[str, str]]:
         | {f"hf_video: {f}" for f in FILM_FAMILIES},
         "layout": (file.stem for files in layout_files for file in files if file.stem[0] != "_"),
         "row dialect": DIALECTS,
+        "table": TABLES,
         "pool": POOLS,
         "projector": PROJECTORS,
         "loss": LOSSES,

@@ -56,11 +56,15 @@ class DatasetConfig:
     name: str | None = None
     """What logs, messages and the ledger call it; the file's or folder's own name by default."""
 
-    dialect: Literal["jsonl", "csv", "folder"] | None = None
-    """How to read it; recognised from the path by default."""
+    dialect: str | None = None
+    """What its rows mean, one of `plait.datasets.records.DIALECTS`; recognised by default."""
 
     media_dir: str | None = None
-    """Where relative picture paths start; the table's own folder by default."""
+    """Where relative media paths start; the table's own folder by default."""
+
+    remote: bool | None = None
+    """Whether media at addresses (https://, s3://) are fetched; rows with them are broken
+    otherwise."""
 
     captions: CaptionOptions | None = None
     """How texts become answers; for pictures with captions."""

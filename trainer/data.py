@@ -97,6 +97,7 @@ def _open(entry: BlendEntry) -> Records:
         dialect=data.dialect,
         media_dir=data.media_dir,
         captions=data.captions,
+        remote=bool(data.remote),
     )
 
 

@@ -1,13 +1,17 @@
-"""From a picture, its text and its class to a sample; shared by the folder and CSV dialects."""
+"""From a file, its text and its class to a sample; shared by folders, tables and shards."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from string import Formatter
 
-from plait.datasets.records.base import PICTURE_MARK, interleave
-from plait.errors import ConfigError, DataError, Origin
-from plait.modalities import Image, Text
-from plait.stream import Message, Sample
+from plait.datasets.records.media import MARKS
+from plait.errors import ConfigError, DataError
+from plait.modalities import MediaPart, Part, Text
+from plait.stream import Message
+
+PICTURE_MARK = MARKS["image"]
+_MARK = re.compile("|".join(MARKS.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,18 +33,20 @@ class CaptionOptions:
     """Lower-case the first character."""
 
     template: str = "{text}"
-    """What is learned, of {text} and {class}: "{class}: {text}". A picture without a class is
-    learned as {text} alone."""
+    """What is learned, of {text} and {class}: "{class}: {text}". A file without a class is learned
+    as {text} alone."""
 
     prompt: str = PICTURE_MARK
-    """The user's turn; <image> in it is where the picture stands."""
+    """The user's turn; <image> in it, or <audio> or <video>, is where the row's file stands,
+    whatever its medium."""
 
     def __post_init__(self) -> None:
         if self.line is not None and self.line < 1:
             raise ConfigError(f"captions.line counts from 1; it is {self.line}")
-        if self.prompt.count(PICTURE_MARK) != 1:
+        if len(_MARK.findall(self.prompt)) != 1:
             raise ConfigError(
-                f"captions.prompt must hold {PICTURE_MARK} once; it is {self.prompt!r}"
+                f"captions.prompt must hold {PICTURE_MARK} once (or <audio> or <video>); it is "
+                f"{self.prompt!r}"
             )
         if "text" not in self.fields() or not self.fields() <= {"text", "class"}:
             raise ConfigError(
@@ -69,7 +75,7 @@ class CaptionOptions:
         if not caption:
             raise DataError(
                 f"a caption must not be empty; {self._where()} is; write a caption or remove the "
-                "picture"
+                "row"
             )
         if self.lower_first:
             caption = caption[0].lower() + caption[1:]
@@ -106,19 +112,20 @@ class CaptionOptions:
         note = f"{longer} captions have several lines, of which line {self.line} alone is learned"
         return [f"{note}; captions.line: null learns them whole"]
 
-    def sample(self, picture: Image, text: str, label: str, name: str, origin: Origin) -> Sample:
-        """User: the prompt with the picture; assistant: the caption.
+    def messages(self, part: MediaPart, text: str, label: str) -> tuple[Message, ...]:
+        """User: the prompt with the file in it; assistant: the caption.
 
-        Args:
-            name: The sample's id: its path relative to the dataset.
+        Raises:
+            DataError: there is no caption.
         """
-        try:
-            answer = Text(self.caption(text, label))
-        except DataError as error:
-            raise error.at(origin) from None
-        asked = interleave(self.prompt, [picture])
-        messages = (Message("user", asked), Message("assistant", (answer,)))
-        return Sample(messages=messages, id=name, origin=origin, label=label)
+        before, after = _MARK.split(self.prompt)
+        asked: list[Part] = [part]
+        if before:
+            asked.insert(0, Text(before))
+        if after:
+            asked.append(Text(after))
+        answer = Text(self.caption(text, label))
+        return Message("user", tuple(asked)), Message("assistant", (answer,))
 
 
 def first_folder(relative: str) -> str:

@@ -1,41 +1,36 @@
-"""A folder of pictures, each with a text file of the same stem: `frog.png`, `frog.txt`."""
+"""A folder of media files, each with a text of the same stem: `frog.png`, `frog.txt`."""
 
 import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar
 
 from plait.datasets.records.base import LeftOut, Records
 from plait.datasets.records.captions import CaptionOptions, first_folder
+from plait.datasets.records.media import ENDINGS, PARTS, medium_of
 from plait.errors import DataError, Origin, printable
-from plait.modalities import Image
 from plait.stream import Sample
 
-PICTURES = frozenset(
-    {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"}
-    | {".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
-)
-"""Endings of what is read as a picture, in lower case."""
+MEDIA = frozenset(ending for endings in ENDINGS.values() for ending in endings)
+"""Endings of what is read as a picture, a sound or a film, in lower case."""
 
 
 class FolderRecords(Records):
-    """One row a picture that has a text, in the order of relative paths, subfolders included.
+    """One row a picture, sound or film that has a text, in the order of relative paths.
 
     The class is the first folder of the relative path; hidden files and folders are not looked
     at. Links to folders are followed; a folder that is reached twice is read once. `left_out`
-    holds the pictures without a text, and whatever has one but is no picture that is read.
+    holds the media without a text, and whatever has one but is no file that is read.
     """
 
-    dialect: ClassVar[str] = "folder"
-    options: ClassVar[frozenset[str]] = frozenset({"captions"})
+    dialect = "folder"
 
     def __init__(self, path: Path, *, name: str, captions: CaptionOptions | None = None) -> None:
         super().__init__(path, name=name)
         if not path.is_dir():
             raise DataError(
-                "dialect 'folder' needs a folder of pictures; this is a file; give its folder",
+                "dialect 'folder' needs a folder of media files; this is a file; give its folder",
                 Origin(name, None, str(path)),
             )
         self.captions = captions or CaptionOptions()
@@ -48,7 +43,7 @@ class FolderRecords(Records):
         self._rows.sort()
         self.left_out = tuple(sorted(left_out, key=lambda entry: entry.file))
         self.refuse_empty(
-            f"put pictures there with a .txt of the same name each ({len(left_out)} pictures "
+            f"put media files there with a .txt of the same name each ({len(left_out)} files "
             "there have none that can be used)"
         )
 
@@ -68,8 +63,13 @@ class FolderRecords(Records):
         file = self.path / picture
         name = printable(picture)
         origin = Origin(self.name, row, str(file))
-        caption = self._text(row, text)
-        return self.captions.sample(Image(file), caption, first_folder(name), name, origin)
+        caption, label = self._text(row, text), first_folder(name)
+        part = PARTS[medium_of(picture) or "image"](file, {})
+        try:
+            messages = self.captions.messages(part, caption, label)
+        except DataError as error:
+            raise error.at(origin) from None
+        return Sample(messages=messages, id=name, origin=origin, label=label)
 
     def _text(self, row: int, relative: str) -> str:
         file = self.path / relative
@@ -83,7 +83,7 @@ class FolderRecords(Records):
             ) from error
         except OSError as error:
             raise DataError(
-                f"a caption file must be readable; {error.strerror}; mend it or remove the picture",
+                f"a caption file must be readable; {error.strerror}; mend it or remove the row",
                 origin,
             ) from error
 
@@ -117,7 +117,7 @@ def _pair(folder: str, files: list[str]) -> tuple[list[tuple[str, str]], list[Le
     """The rows of one folder (picture, text), and the pictures that make none."""
     named = sorted(Path(name) for name in files if not name.startswith("."))
     texts = {name.stem: name.name for name in named if name.suffix.lower() == ".txt"}
-    pictures = [name for name in named if name.suffix.lower() in PICTURES]
+    pictures = [name for name in named if name.suffix.lower() in MEDIA]
     read = {name.stem for name in pictures}
     rows, left_out = [], []
     for name in pictures:
@@ -128,6 +128,6 @@ def _pair(folder: str, files: list[str]) -> tuple[list[tuple[str, str]], list[Le
     for name in named:
         ending = name.suffix.lower()
         if ending != ".txt" and name.stem in texts and name.stem not in read:
-            reason = f"{printable(ending) or 'a file without an ending'} is not read as a picture"
+            reason = f"{printable(ending) or 'a file without an ending'} is not read as a medium"
             left_out.append(LeftOut(printable(folder + name.name), reason))
     return rows, left_out

@@ -434,7 +434,7 @@ def test_every_header_of_real_media_is_read_and_some_are_decoded(name: str) -> N
 def test_a_prepared_source_is_opened_as_rows_of_messages() -> None:
     _, rows = real("words")
     records = open_records(dataset_folder("words"))
-    assert (records.dialect, len(records)) == ("jsonl", len(rows))
+    assert (records.dialect, len(records)) == ("messages", len(rows))
     assert (records[-1].id, records[-1].label) == (rows[-1]["id"], rows[-1]["label"])
     answers = SplitOptions(by="answer", test=0.1)
     sides = split(records, answers)

@@ -71,9 +71,9 @@ def test_folder_accounts_for_what_it_leaves_out(tmp_path: Path) -> None:
     records = open_records(tmp_path)
     assert records.left_out == (
         LeftOut("a/alone.png", "no .txt of the same name"),
-        LeftOut("a/drawn.svg", ".svg is not read as a picture"),
-        LeftOut("a/new.jxl", ".jxl is not read as a picture"),
-        LeftOut("a/old", "a file without an ending is not read as a picture"),
+        LeftOut("a/drawn.svg", ".svg is not read as a medium"),
+        LeftOut("a/new.jxl", ".jxl is not read as a medium"),
+        LeftOut("a/old", "a file without an ending is not read as a medium"),
     )
     assert len(records) == 1
 
@@ -163,7 +163,8 @@ def test_lines_that_are_not_used_are_counted(tmp_path: Path) -> None:
     assert open_records(tmp_path).notes() == []
     table = tmp_path / "t.csv"
     table.write_text('file,text\na.png,"one\ntwo"\nb.png,"one\n"\nshort\n')
-    assert open_records(table, captions=CaptionOptions(line=1)).notes() == [note]
+    said = open_records(table, captions=CaptionOptions(line=1)).notes()
+    assert said == ["t: 3 rows of csv, recognised as dialect captions", note]
 
 
 def test_a_caption_without_the_line_is_refused() -> None:
@@ -205,7 +206,7 @@ def test_csv_folder_file_and_media_dir(tmp_path: Path) -> None:
     )
     captions = CaptionOptions(template="{class}: {text}")
     records = open_records(tmp_path, captions=captions)
-    assert (records.dialect, len(records)) == ("csv", 2)
+    assert (records.dialect, len(records)) == ("captions", 2)
     assert [answer(s) for s in records] == ["A frog, green.\nmore", "cars: B"]
     assert [s.id for s in records] == ["animals/a.png", "b.png"]
     assert records[0].media() == (Image(tmp_path / "animals/a.png"),)
@@ -222,8 +223,8 @@ def test_csv_without_a_class_column_takes_the_first_folder(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("content", "rule"),
     [
-        ("", "one picture column"),
-        ("file,image,text\n", "one picture column"),
+        ("", "a file and its caption; it has no keys"),
+        ("file,image,text\n", "one file column"),
         ("file\na.png\n", "one text column"),
         ("file,text,clas\na,b,c\n", "did you mean 'class'"),
         ("file,text\n", "must have rows"),
@@ -244,7 +245,7 @@ def test_csv_rows_that_cannot_be_used(tmp_path: Path) -> None:
     file.write_text("file,text\na.png,fine\nb.png\n,no name\nc.png,\nd.png,one,two\n")
     records = open_records(file)
     assert answer(records[0]) == "fine"
-    for row, rule in ((1, "2 cells"), (2, "name its picture"), (3, "empty"), (4, "quote")):
+    for row, rule in ((1, "2 cells"), (2, "name its file"), (3, "empty"), (4, "quote")):
         with pytest.raises(DataError, match=rule) as caught:
             records[row]
         assert caught.value.origin.row == row
@@ -259,29 +260,27 @@ def test_empty_and_missing_datasets_are_refused_with_a_remedy(tmp_path: Path) ->
     with pytest.raises(DataError, match=r"must exist.*mend the path"):
         open_records(tmp_path / "no")
     picture(tmp_path / "a.png")
-    with pytest.raises(DataError, match="1 pictures there have none"):
+    with pytest.raises(DataError, match="1 files there have none"):
         open_records(tmp_path)
     with pytest.raises(DataError, match="needs a folder"):
         open_records(tmp_path / "a.png", dialect="folder")
-    with pytest.raises(DataError, match="holds none"):
-        open_records(tmp_path, dialect="csv")
 
 
 def test_dialect_is_recognised_forced_and_refused(tmp_path: Path) -> None:
     captioned(tmp_path, {"a": "fine"})
     table = tmp_path / "notes.csv"
     table.write_text("file,text\na.png,from the table\n")
-    assert open_records(tmp_path).dialect == "csv"
+    assert open_records(tmp_path).dialect == "captions"
     assert answer(open_records(tmp_path, dialect="folder")[0]) == "fine"
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    with pytest.raises(ConfigError, match="dialects jsonl and csv"):
+    with pytest.raises(ConfigError, match=r"several tables \(notes\.csv, rows\.jsonl\)"):
         open_records(tmp_path)
-    (tmp_path / "more.csv").write_text("")
-    with pytest.raises(ConfigError, match=r"more\.csv, notes\.csv"):
-        open_records(tmp_path, dialect="csv")
+    assert open_records(table, dialect="captions").dialect == "captions"
+    with pytest.raises(DataError, match="must be of the dialect 'messages', which was asked for"):
+        open_records(table, dialect="messages")[0]
     with pytest.raises(UnknownNameError, match="did you mean 'folder'"):
         open_records(tmp_path, dialect="foldr")
-    with pytest.raises(ConfigError, match=r"\.jsonl, \.csv"):
+    with pytest.raises(ConfigError, match=r"ending in \.jsonl, \.ndjson, \.csv"):
         open_records(tmp_path / "a.png")
     with pytest.raises(ConfigError, match="takes no 'media_dir'"):
         open_records(tmp_path, dialect="folder", media_dir=tmp_path)

@@ -1,4 +1,4 @@
-"""The JSONL dialect: lazy rows, inline pictures, every refusal."""
+"""JSONL rows of messages: lazy rows, inline media, every refusal."""
 
 import json
 import pickle
@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from plait.datasets.records import CaptionOptions, jsonl, open_records
+from plait.datasets.records import CaptionOptions, open_records
+from plait.datasets.records.tables import jsonl
 from plait.errors import ConfigError, DataError, MediaError
 from plait.modalities import Image, Text
 from plait.stream import Message
@@ -82,23 +83,25 @@ def test_marks_and_files_must_be_as_many(
     ("bad", "rule"),
     [
         ("{", "JSON on one line"),
-        ("[1]", "object a line"),
+        ("7", "must be an object; it is a number"),
         ("[" * 100_000, "plain JSON"),
-        ("{}", "must have messages"),
+        ("{}", "must have messages, conversations"),
         ({"messages": []}, "must have messages"),
         ({"messages": "hi"}, "must be a list; it is a string"),
-        (row(image=["a.png"]), "did you mean 'images'"),
-        ({"messages": row()["messages"], "images": None}, "must be a list; it is null"),
+        (row(imagess=["a.png"]), "did you mean 'images'"),
         ({"messages": ["hi"]}, "must be an object"),
-        ({"messages": [{"role": "user"}]}, "content must be a string; it is missing"),
-        ({"messages": [{"role": "user", "content": []}]}, "it is a list"),
+        (
+            {"messages": [{"role": "user"}]},
+            "a string or a list of parts; it is missing",
+        ),
+        ({"messages": [{"role": "user", "content": {}}]}, "it is an object"),
         ({"messages": [{"role": "asistant", "content": ""}]}, "did you mean 'assistant'"),
         ({"messages": [{"role": "user", "content": "", "contents": 1}]}, "mean 'content'"),
         ({"messages": [{"role": "user", "content": "", "weight": -1}]}, "0 or more"),
         ({"messages": [{"role": "user", "content": "", "weight": True}]}, "a boolean"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "lone surrogate"),
-        (row(images=[3]), "it holds a number"),
-        (row(images=["http://x/a.png"]), "download it first"),
+        (row(images=[3]), "a number"),
+        (row(images=["http://x/a.png"]), "remote"),
         (row(label=["x"]), "label must be a string; it is a list"),
         (row(label="a\udcff"), "label: .*lone surrogate"),
         (row(id="\ud800"), "id: .*lone surrogate"),
@@ -136,8 +139,9 @@ def test_missing_picture_is_named_when_it_is_read(write: Write, tmp_path: Path) 
 
 def test_opening_and_counting_parse_no_row(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write("not json", row())
-    monkeypatch.setattr(jsonl, "_parse", lambda _: pytest.fail("a row was parsed"))
-    assert len(open_records(file)) == 2
+    rows = jsonl.JsonlTable(file)
+    monkeypatch.setattr(jsonl, "parse_row", lambda *_: pytest.fail("a row was parsed"))
+    assert len(rows) == 2 and len(jsonl.JsonlTable(file)) == 2
 
 
 @pytest.mark.parametrize("block", [1, 2, 7, 1 << 20])
@@ -160,7 +164,7 @@ def test_empty_changed_and_vanished_files_are_refused(tmp_path: Path, write: Wri
     file = tmp_path / "rows.jsonl"
     for nothing in ("", "\n\r\n"):
         file.write_text(nothing)
-        with pytest.raises(DataError, match=r"must have rows.*one JSON object a line"):
+        with pytest.raises(DataError, match="must have rows"):
             open_records(file)
     records = open_records(write(row()))
     write(row(), row())
@@ -175,10 +179,10 @@ def test_empty_changed_and_vanished_files_are_refused(tmp_path: Path, write: Wri
 def test_folder_with_one_jsonl_defaults_and_options(tmp_path: Path, write: Write) -> None:
     write(row(), row())
     records = open_records(tmp_path)
-    assert records.dialect == "jsonl"
+    assert records.dialect == "messages"
     assert [s.id for s in records] == ["rows.jsonl#0", "rows.jsonl#1"]
     assert records[-1].origin.row == 1
-    with pytest.raises(ConfigError, match="takes no 'captions'"):
+    with pytest.raises(ConfigError, match="take no 'captions'"):
         open_records(tmp_path, captions=CaptionOptions())
 
 
