@@ -42,8 +42,13 @@ def animation_facts(source: Stored, size: int, limits: Limits) -> Facts:
     Raises:
         MediaError: the pictures are over a limit.
     """
+    if size > limits.max_video_memory:
+        raise MediaError(
+            f"an animation is read whole, so it must fit in {limits.max_video_memory:,} bytes; "
+            f"this one has {size:,}; save it as MP4 or raise max_video_memory"
+        )
     data = _bytes(source)
-    with PIL.Image.open(BytesIO(data), formats=_FORMATS) as picture:
+    with _opened(data) as picture:
         width, height, form = *picture.size, str(picture.format)
     if not 0 < width * height <= limits.max_video_pixels:
         raise MediaError(
@@ -66,7 +71,7 @@ def read_animation(source: Stored, times: NDArray[np.float64], facts: Facts) -> 
     # Half a microsecond: a time computed from a picture's own must find that picture.
     wanted = np.minimum(np.searchsorted(ends, times + 5e-7, side="right"), len(ends) - 1)
     pixels = np.empty((len(times), facts.height, facts.width, 3), np.uint8)
-    with PIL.Image.open(BytesIO(data), formats=_FORMATS) as picture:
+    with _opened(data) as picture:
         for at, number in enumerate(wanted):
             if at and number == wanted[at - 1]:
                 pixels[at] = pixels[at - 1]
@@ -138,6 +143,16 @@ def _after_blocks(data: bytes, at: int) -> int:
     while at < len(data) and data[at]:
         at += 1 + data[at]
     return at + 1
+
+
+def _opened(data: bytes) -> PIL.Image.Image:
+    try:
+        return PIL.Image.open(BytesIO(data), formats=_FORMATS)
+    except PIL.UnidentifiedImageError as error:
+        raise MediaError(
+            "an animated picture must be whole; this one has no header that can be read; replace "
+            "the file"
+        ) from error
 
 
 def _bytes(source: Stored) -> bytes:

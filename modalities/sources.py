@@ -85,7 +85,9 @@ def reading(source: Stored, noun: str, what: str) -> Iterator[None]:
             f"a {noun} must exist; there is no such file; mend the path or remove the row",
         ) from error
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        # FFmpeg's and the system's own words, without the number and the path once more.
+        said = getattr(error, "strerror", None) or str(error)
+        reason = " ".join(said.split())[:300] or type(error).__name__
         raise refusal(
             source,
             f"a {noun} must be whole and in a format that is read; this one cannot be {what}: "

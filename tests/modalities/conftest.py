@@ -111,12 +111,13 @@ class Maker:
         track: NDArray[np.float32] | None = None,
         track_after: float = 0.0,
         keyframes: int = 12,
+        container_options: dict[str, str] | None = None,
         **options: str,
     ) -> bytes:
         """At 24 frames a second, or at times in milliseconds; the sound's track at 48 kHz."""
         form, coder = FILMS[ending]
         held = io.BytesIO()
-        with av.open(held, "w", format=form) as container:
+        with av.open(held, "w", format=form, options=container_options or {}) as container:
             more = {"preset": "ultrafast"} if coder == "libx264" else {}
             more |= {"g": str(keyframes), **options}
             stream = container.add_stream(coder, rate=RATE, options=more)

@@ -226,11 +226,16 @@ def bad_films(folder: Path, maker: Any) -> dict[str, tuple[Any, str]]:
     pictures = maker.pictures(100)
     mp4, webp = maker.film("mp4", pictures), maker.animation("WEBP", pictures[:9], [100] * 9)
     front = maker.film("mkv", pictures)
+    plain = maker.film("mp4", pictures, container_options={"movflags": "empty_moov+frag_keyframe"})
+    secret = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "01" * 16,
+              "encryption_kid": "02" * 16}  # fmt: skip
     contents = {
+        "locked.mp4": (maker.film("mp4", pictures, container_options=secret), "must be"),
+        "frameless.mp4": (plain[: plain.index(b"moof") - 4], "has none"),
         "empty.mp4": (b"", "empty"),
         "text.mp4": (b"no film at all " * 99, "must be"),
         "cut.mp4": (mp4[: len(mp4) // 2], "must be"),
-        "cut.mkv": (front[: len(front) // 2], "must be"),
+        "cut.mkv": (front[: len(front) // 2], "cut off"),
         "cut.webp": (webp[: len(webp) // 2], "must be"),
         "header.gif": (b"GIF89a" + bytes(7), "must"),
         "sound.mp4": (maker.sound("m4a", maker.tone(1, 44_100)), "moving pictures"),
