@@ -69,7 +69,7 @@ def values(tiny_values: dict[str, Any], picture_folder: Path, tmp_path: Path) ->
         for shape, weight, epochs in [("disc", 1, 1), ("square", 1, 1), ("bar", 2, 2)]
     ]  # fmt: skip
     split = {"test": 2, "validation": 1, "near_duplicate_bits": None}
-    train = tiny_values["train"] | {"steps": 40, "validate_every": 2, "accumulate": 3}
+    train = tiny_values["train"] | {"steps": 40, "validate_every": 2, "accumulate": 100}
     return tiny_values | {
         "run_dir": str(tmp_path / "run"), "data": {"blend": blend, "split": split},
         "train": train, "evaluation": {"captions": 1},
