@@ -18,6 +18,10 @@ def python_blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
+def rows_blocks() -> list[str]:
+    return re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
 @pytest.fixture
 def here(tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder with a picture of one's own."""
@@ -40,9 +44,15 @@ def test_a_trained_run_captions_a_picture(
     assert capsys.readouterr().out == f"cat.png: {from_python.strip()}\n"
 
 
+def test_rows_of_any_kind_are_opened(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "rows.jsonl").write_text(rows_blocks()[0])
+    exec(compile(python_blocks()[1], "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("3 (Message(role='user'")
+
+
 @pytest.mark.weights
 def test_the_loop_learns_its_one_picture(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(python_blocks()[1], "README.md", "exec"), {})
+    exec(compile(python_blocks()[2], "README.md", "exec"), {})
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == 20
     assert losses[-1] < 0.2 * losses[0]
