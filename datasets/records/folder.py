@@ -114,17 +114,27 @@ def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _pair(folder: str, files: list[str]) -> tuple[list[tuple[str, str]], list[LeftOut]]:
-    """The rows of one folder (picture, text), and the pictures that make none."""
+    """The rows of one folder (file, text), and the media files that make none.
+
+    Where a picture and a sound of one name share a text, it is the picture's: what is seen is what
+    people write down, and a row counted for each would learn the same text twice.
+    """
     named = sorted(Path(name) for name in files if not name.startswith("."))
     texts = {name.stem: name.name for name in named if name.suffix.lower() == ".txt"}
-    pictures = [name for name in named if name.suffix.lower() in MEDIA]
-    read = {name.stem for name in pictures}
+    held = [name for name in named if name.suffix.lower() in MEDIA]
+    read = {name.stem for name in held}
+    pictured = {name.stem for name in held if name.suffix.lower() in ENDINGS["image"]}
     rows, left_out = [], []
-    for name in pictures:
-        if name.stem in texts:
-            rows.append((folder + name.name, folder + texts[name.stem]))
+    for name in held:
+        reason = ""
+        if name.stem not in texts:
+            reason = "no .txt of the same name"
+        elif name.stem in pictured and name.suffix.lower() not in ENDINGS["image"]:
+            reason = "its .txt is that of the picture of the same name"
+        if reason:
+            left_out.append(LeftOut(printable(folder + name.name), reason))
         else:
-            left_out.append(LeftOut(printable(folder + name.name), "no .txt of the same name"))
+            rows.append((folder + name.name, folder + texts[name.stem]))
     for name in named:
         ending = name.suffix.lower()
         if ending != ".txt" and name.stem in texts and name.stem not in read:

@@ -56,6 +56,18 @@ def test_folder_rows_are_sorted_pictures_with_texts(tmp_path: Path) -> None:
         records[3]
 
 
+def test_a_text_is_its_picture_s_and_else_its_sound_s(tmp_path: Path) -> None:
+    captioned(tmp_path, {"a/frog": "A frog"})
+    for name in ("frog.ogg", "croak.ogg"):
+        (tmp_path / "a" / name).write_bytes(b"not read here")
+    (tmp_path / "a/croak.txt").write_text("A croak")
+    records = open_records(tmp_path)
+    assert [sample.id for sample in records] == ["a/croak.ogg", "a/frog.png"]
+    assert [sample.media()[0].medium for sample in records] == ["audio", "image"]
+    reason = "its .txt is that of the picture of the same name"
+    assert records.left_out == (LeftOut("a/frog.ogg", reason),)
+
+
 def test_folder_accounts_for_what_it_leaves_out(tmp_path: Path) -> None:
     captioned(tmp_path, {"a/x": "x"})
     picture(tmp_path / "a/alone.png")
