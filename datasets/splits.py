@@ -2,8 +2,8 @@
 
 The split is a function of the rows alone: no seed, the same on every machine. A row's place is
 the SHA-256 of its id (for a folder of pictures, its relative path), so that adding rows moves few
-others. Rows that show nearly the same picture stay on one side, and so do, where asked, rows with
-the same answer or label.
+others. Rows that show nearly the same picture stay on one side, and so do the documents of one
+group and, where asked, rows with the same answer or label.
 """
 
 import hashlib
@@ -119,6 +119,7 @@ def split(
     keys = [None if sample is None else KEYS[options.by](sample) for sample in read]
     if options.by != "id":
         groups = _joined_by(keys, groups)
+    groups = _joined_by([_pair_of(sample) for sample in read], groups)
     if unread := read.count(None):
         notes.append(f"{unread} rows cannot be read and were left in train")
     hashes = _hashes(keys)
@@ -198,6 +199,11 @@ def _joined_by(keys: Sequence[str | None], groups: Sequence[int]) -> list[int]:
     near = [(group, [row]) for row, group in enumerate(groups)]
     near += [(first.setdefault(key, row), [row]) for row, key in enumerate(keys) if key is not None]
     return joined(len(groups), near)
+
+
+def _pair_of(sample: Sample | None) -> str | None:
+    """What the documents of one row have in common: both answers of a preference pair."""
+    return None if sample is None or sample.group is None else str(sample.group)
 
 
 def _whole_groups(rows: Sequence[int], groups: Sequence[int]) -> set[int]:

@@ -192,7 +192,8 @@ class Workbench:
     def require_rows(self) -> None:
         """
         Raises:
-            DataError: there is no row to test on, or none to train on.
+            DataError: there is no row to test on, or none to train on, or rows are preference
+                pairs.
         """
         if not self.data.splits.test:
             raise DataError(
@@ -203,6 +204,12 @@ class Workbench:
             refused = rows.refused
             reason = f"; the first: {refused[0].reason}" if refused else ""
             raise DataError(f"a run needs a usable training row and there is none{reason}")
+        if self.measured.groups:
+            raise DataError(
+                f"a run's loss reads each document by itself; {len(self.measured.groups)} rows are "
+                "pairs, of which it would learn the rejected answer like the chosen one: write the "
+                "chosen ones as messages"
+            )
 
     def _read(self, row: int) -> None:
         sample = self.data.records[row]

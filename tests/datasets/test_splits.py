@@ -253,6 +253,19 @@ def said(name: str, answer: str, label: str = "") -> Sample:
     return Sample(messages=turns, id=name, label=label)
 
 
+def test_the_documents_of_a_group_stay_on_one_side() -> None:
+    pairs = [
+        Sample(messages=(Message("assistant", (Text(side),)),), id=f"{row}-{side}", group=row)
+        for row in range(40)
+        for side in ("chosen", "rejected")
+    ]
+    splits = split(pairs, SplitOptions(test=10, validation=6))
+    check_partition(splits, 80)
+    for held in (splits.train, splits.validation, splits.test):
+        assert {row ^ 1 for row in held} == set(held)
+    assert len(splits.test) >= 10
+
+
 def test_equal_answers_stay_on_one_side_where_asked() -> None:
     answers = [f"Answer {n % 20}" + ("." if n >= 20 else "") for n in range(60)]
     samples = [

@@ -346,3 +346,17 @@ def test_a_picture_over_the_usual_limit_is_read_where_the_recipe_allows_it(
     data = values["data"] | {"path": str(pictures), "limits": {"max_image_pixels": 2 * usual}}
     short = values["train"] | {"steps": 1}
     assert train(config_from(values | {"data": data, "train": short}), QUIET) is not None
+
+
+def test_preference_pairs_are_refused_by_a_loss_that_does_not_read_them(
+    tmp_path: Path, tiny_values: dict[str, Any]
+) -> None:
+    rows = [{"prompt": f"what {n}", "chosen": "a disc", "rejected": "a bar"} for n in range(24)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    split = {"test": 4, "validation": 4, "near_duplicate_bits": None}
+    values = tiny_values | {"data": {"path": str(file), "split": split},
+                            "run_dir": str(tmp_path / "run")}  # fmt: skip
+    with pytest.raises(DataError, match=r"rejected answer like the chosen one"):
+        train(config_from(values), QUIET)
+    assert not (tmp_path / "run").exists()
