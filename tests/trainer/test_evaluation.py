@@ -170,6 +170,14 @@ def test_samples_without_labels_are_told_apart_by_their_answers(lab: Any) -> Non
     assert deranged([lab.sample("a", n) for n in range(3)], 1) == {}
 
 
+def test_answers_are_told_apart_where_one_class_is_most_of_the_samples(lab: Any) -> None:
+    samples = [lab.sample(f"{n}", n, label="people" if n < 8 else "cars") for n in range(10)]
+    owner = {id(s.media()[0]): n for n, s in enumerate(samples)}
+    made = deranged(samples, 1)
+    assert list(made) == list(range(10))
+    assert all(owner[id(sample.media()[0])] != n for n, sample in made.items())
+
+
 def test_media_are_exchanged_among_samples_of_the_same_kinds(lab: Any) -> None:
     samples = [lab.sample(f"{n}", n) for n in range(4)]
     samples += [lab.sample(f"{n}", n, "and", n + 20) for n in range(4, 7)]

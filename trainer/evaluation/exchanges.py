@@ -24,8 +24,9 @@ def deranged(samples: Sequence[Sample], seed: int) -> dict[int, Sample]:
 
     Media are exchanged among samples that hold the same kinds in the same order (a picture and a
     sound, say). The class is the sample's label; without one its answer, so that two films of one
-    caption count as one class. A sample without media is never exchanged, and none of a kind of
-    which one class holds more than half.
+    caption count as one class. Where one class holds more than half of a kind, answers are told
+    apart instead. A sample without media is never exchanged, and none of a kind of which one
+    answer holds more than half.
     """
     kinds: dict[tuple[str, ...], list[int]] = {}
     for place, sample in enumerate(samples):
@@ -34,7 +35,10 @@ def deranged(samples: Sequence[Sample], seed: int) -> dict[int, Sample]:
     rng = random.Random(seed)
     found: dict[int, Sample] = {}
     for places in kinds.values():
-        order = _derangement([class_of(samples[place]) for place in places], rng)
+        held = [samples[place] for place in places]
+        order = _derangement([class_of(sample) for sample in held], rng)
+        if order is None:  # another answer is the next best to another class
+            order = _derangement([answer_of(sample) for sample in held], rng)
         for place, other in zip(places, order or (), strict=False):
             found[place] = with_media(samples[place], samples[places[other]].media())
     return dict(sorted(found.items()))

@@ -86,7 +86,7 @@ class Suite:
         if not places:
             measured.notes.append(
                 "nll_shuffled needs a way to give samples the media of another class; there are "
-                "no media, or one class holds more than half of the samples of each kind"
+                "no media, or one answer holds more than half of the samples of each kind"
             )
             return
         changed = [self._nll([made[place] for place in places]) for made in exchanges]
@@ -99,7 +99,7 @@ class Suite:
         if len(places) < with_media:
             measured.notes.append(
                 f"{with_media - len(places)} of {with_media} samples with media keep their own in "
-                "nll_shuffled: one class holds more than half of their kind"
+                "nll_shuffled: one answer holds more than half of their kind"
             )
 
     def _changed(
