@@ -3,12 +3,13 @@
     make peers
     python -m benchmarks.loader --json
 
-Every side reads the same JPEG pictures from its own format on the local disk (webdataset reads the
-very shards that `plait convert` wrote), decodes them, resizes them to 224 x 224 and gives batches
-of 32 uint8 tensors with their texts. Each side is a process of its own, started anew in every
-round; the clock runs from its first request to its last batch, without imports. Before anything is
-timed all tensors are compared: within 1/255 of webdataset's, or there is no number. Rounds go over
-all sides in turn, and a ratio is the median over rounds of seconds(peer) / seconds(ours).
+Every side reads the same JPEG pictures from its own format on the local disk (ours from files that
+a JSONL table names, webdataset from tars, litdata from chunks), decodes them, resizes them to
+224 x 224 and gives batches of 32 uint8 tensors with their texts. Each side is a process of its own,
+started anew in every round; the clock runs from its first request to its last batch, without
+imports. Before anything is timed all tensors are compared: within 1/255 of webdataset's, or there
+is no number. Rounds go over all sides in turn, and a ratio is the median over rounds of
+seconds(peer) / seconds(ours).
 """
 
 import argparse
@@ -34,10 +35,11 @@ def command(side: str, folder: Path, *more: str) -> list[str]:
     """How a side is started; its name ends in the number of its workers."""
     name, workers = side.split("_")
     if name == "ours":
-        head = [sys.executable, "-m", "benchmarks.loader_side", str(folder / "shards")]
+        rows = folder / "pictures" / "rows.jsonl"
+        head = [sys.executable, "-m", "benchmarks.loader_side", str(rows)]
     else:
-        place = folder / ("shards" if name == "webdataset" else "litdata")
-        head = [str(PEERS), str(ROOT / "benchmarks" / "peers" / f"{name}_side.py"), str(place)]
+        script = ROOT / "benchmarks" / "peers" / f"{name}_side.py"
+        head = [str(PEERS), str(script), str(folder / name)]
     return [*head, "--workers", workers, *more]
 
 
@@ -55,8 +57,6 @@ def prepare(folder: Path, count: int) -> None:
     pictures = folder / "pictures"
     pictures.mkdir()
     rows = write_rows(pictures, count)
-    convert = [sys.executable, "-m", "plait.cli", "convert", str(rows), str(folder / "shards")]
-    subprocess.run(convert, cwd=ROOT, check=True, capture_output=True)
     inputs = [
         {
             "key": f"{number:05d}",
@@ -66,9 +66,10 @@ def prepare(folder: Path, count: int) -> None:
         for number, row in enumerate(map(json.loads, rows.read_text().splitlines()))
     ]
     (folder / "inputs.json").write_text(json.dumps(inputs))
-    script = str(ROOT / "benchmarks" / "peers" / "litdata_side.py")
-    words = [str(PEERS), script, str(folder / "inputs.json"), "--prepare", str(folder / "litdata")]
-    subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+    for name in ("webdataset", "litdata"):
+        script = str(ROOT / "benchmarks" / "peers" / f"{name}_side.py")
+        words = [str(PEERS), script, str(folder / "inputs.json"), "--prepare", str(folder / name)]
+        subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
 
 
 def check(folder: Path, count: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Our side of the loader benchmark: `python -m benchmarks.loader_side SHARDS --workers 2`.
+"""Our side of the loader benchmark: `python -m benchmarks.loader_side ROWS --workers 2`.
 
 The loader is the one that training uses, with its plan, ledger policy and threads. Text is not
 tokenised, as the peers do not either: a document has one position for its picture and one more.

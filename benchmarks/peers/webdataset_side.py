@@ -1,7 +1,8 @@
-"""webdataset reading Plait's shards: `python webdataset_side.py SHARDS --workers 2`."""
+"""webdataset: `--prepare OUT` writes its shards from a list of pictures, then `OUT --workers 2`."""
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,20 @@ def batches(folder: Any, workers: int) -> Iterator[Any]:
     yield from DataLoader(dataset, batch_size=None, num_workers=workers)
 
 
+def prepare(rows: Path, out: Path) -> None:
+    """Shards of 1,000 samples, as its documentation writes them."""
+    out.mkdir()
+    with webdataset.ShardWriter(str(out / "shard-%06d.tar"), maxcount=1000, verbose=0) as sink:
+        for row in json.loads(rows.read_text()):
+            picture = Path(row["file"]).read_bytes()
+            turns = {"messages": [{"role": "assistant", "content": row["text"]}]}
+            sink.write({"__key__": row["key"], "json": turns, "0.jpg": picture})
+
+
 if __name__ == "__main__":
     words = arguments()
     torch.set_num_threads(1)
-    run(batches(words.folder, words.workers), words.dump)
+    if words.prepare is not None:
+        prepare(words.folder, words.prepare)
+    else:
+        run(batches(words.folder, words.workers), words.dump)
