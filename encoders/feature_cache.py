@@ -20,7 +20,7 @@ from torch import Tensor
 
 from plait.stream import Encoded
 
-LIBRARIES = ("numpy", "pillow", "torch", "torchvision", "transformers")
+LIBRARIES = ("av", "numpy", "pillow", "torch", "torchaudio", "torchvision", "transformers")
 """Their versions may change the features' last bits, so they stand in every key."""
 
 

@@ -3,6 +3,7 @@
 Plain data: no torch is loaded until a tensor is asked for.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -75,7 +76,7 @@ class EncodedTextChunk:
         return len(self.tokens)
 
 
-class MediaChunk:
+class MediaChunk(ABC):
     """What chunks of media have in common: a part, and how many positions it is said to take.
 
     `expected_tokens` is advisory in the Tinker API and checked here where it is given; `length`
@@ -87,9 +88,9 @@ class MediaChunk:
     origin: Origin
 
     @property
+    @abstractmethod
     def part(self) -> MediaPart:
         """The media part that is read."""
-        raise NotImplementedError
 
     @property
     def length(self) -> int:

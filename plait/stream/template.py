@@ -54,6 +54,7 @@ def written_pieces(sample: Sample, tokenizer: Any, for_generation: bool) -> Iter
     whole = writer.write(sample.messages, prompt=for_generation)
     writer.check_turns()
     writer.check_media(whole)
+    writer.check_calls()
     start = 0
     for span in writer.answers(whole, for_generation):
         yield from writer.split(whole[start : span.start], 0.0)
@@ -119,6 +120,20 @@ def _times_written(
     return tuple(text.count(mark) for mark in marks)
 
 
+def _marked_call(message: dict[str, Any], number: int) -> tuple[dict[str, Any], list[str]]:
+    """The message with marks in one of its tool calls, and the marks."""
+    calls = list(message["tool_calls"])
+    function = dict(calls[number].get("function", {}))
+    marks = [f"plaitcall{number:06d}"]
+    function["name"] = marks[0]
+    if function.get("arguments"):
+        marks.append(f"plaitvalue{number:06d}")
+        held = isinstance(function["arguments"], str)
+        function["arguments"] = marks[1] if held else {"argument": marks[1]}
+    calls[number] = {**calls[number], "function": function}
+    return {**message, "tool_calls": calls}, marks
+
+
 class _Writer:
     """Writes prefixes of one conversation, with a mark of its own for each media part."""
 
@@ -161,9 +176,12 @@ class _Writer:
     def write(self, messages: tuple[Message, ...], prompt: bool) -> str:
         if not messages:
             return self._empty_prompt()
+        return self._applied(self.messages[: len(messages)], prompt)
+
+    def _applied(self, messages: list[dict[str, Any]], prompt: bool) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
-                self.messages[: len(messages)], tokenize=False, add_generation_prompt=prompt
+                messages, tokenize=False, add_generation_prompt=prompt
             )
         except Exception as error:  # a template may raise anything; say which sample it refused
             raise RenderError(
@@ -198,6 +216,24 @@ class _Writer:
                     "template that writes it",
                     self.sample.origin,
                 )
+
+    def check_calls(self) -> None:
+        """Refuse a template that leaves out a tool call, or what it is called with.
+
+        Each call is written with marks for its name and arguments, which must then stand there.
+        """
+        for turn, message in enumerate(self.messages):
+            for number in range(len(message.get("tool_calls", ()))):
+                marked, marks = _marked_call(message, number)
+                conversation = [*self.messages[:turn], marked, *self.messages[turn + 1 :]]
+                text = self._applied(conversation, prompt=False)
+                if not all(mark in text for mark in marks):
+                    raise RenderError(
+                        "every tool call must be written with its arguments: the chat template "
+                        f"does not write call {number} of turn {turn}; write the call into the "
+                        "turn's content, or use a template for tools",
+                        self.sample.origin,
+                    )
 
     def check_media(self, whole: str) -> None:
         """Refuse a conversation whose pictures are not all written, once each and in order."""

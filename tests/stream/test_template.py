@@ -171,3 +171,43 @@ def test_a_template_that_needs_a_first_message_says_so(
     shown = Message("assistant", turns[0].parts, weight=0)
     row = render(Sample((shown, *turns[1:])), tokenizer, grids())
     assert learned(tokenizer, row) == "red<|im_end|>"
+
+
+CALLS = (
+    "{% for m in messages %}" + HEADER + "{{ m['content'] }}{% for c in m['tool_calls'] or [] %}"
+    "{{ c['function']['name'] }}EDIT{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}" + PROMPT
+)
+
+
+def calling(*calls: dict[str, Any]) -> Sample:
+    made = tuple({"type": "function", "function": call} for call in calls)
+    turns = (
+        say("user", "1 + 1 ?"),
+        Message("assistant", (), tool_calls=made),
+        say("tool", "2"),
+        say("assistant", "2 ."),
+    )
+    return Sample(turns, origin=ORIGIN)
+
+
+def test_a_tool_call_is_learned_as_it_is_written(tokenizer: Any, grids: Any) -> None:
+    tokenizer.chat_template = CALLS.replace("EDIT", "{{ c['function']['arguments'] | tojson }}")
+    document = render(calling({"name": "add", "arguments": {"a": 1}}), tokenizer, grids())
+    assert learned(tokenizer, document) == 'add{"a": 1}<|im_end|>2 .<|im_end|>'
+
+
+@pytest.mark.parametrize(
+    ("template", "call"),
+    [
+        ("{% for m in messages %}" + CLOSED + "{% endfor %}" + PROMPT, 0),  # as SmolLM2 has it
+        (CALLS.replace("EDIT", ""), 0),
+        (CALLS.replace("EDIT", "{{ c['function']['arguments'] }}{% break %}"), 1),
+    ],
+)
+def test_a_tool_call_that_a_template_drops_is_refused(
+    tokenizer: Any, grids: Any, template: str, call: int
+) -> None:
+    tokenizer.chat_template = template
+    sample = calling({"name": "add", "arguments": {"a": 1}}, {"name": "now", "arguments": "soon"})
+    with pytest.raises(RenderError, match=rf"not write call {call} of turn 1;.*pets, row 7"):
+        render(sample, tokenizer, grids())
