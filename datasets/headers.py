@@ -1,6 +1,6 @@
 """A cache of media headers, so that a dataset whose files did not change is planned at once.
 
-    $PLAIT_HOME/headers/1.sqlite      one line a file and cut: its size, its mtime, its header
+    $PLAIT_HOME/headers/2.sqlite      one line a file and cut: its size, its mtime, its header
 
 A header is taken from the cache where path, size, modification time in nanoseconds, the part's
 own fields (a cut, a sampling) and the limits are those of the day it was read; then the file is
@@ -15,11 +15,20 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from plait.errors import DataError
-from plait.modalities import AudioHeader, ImageHeader, Limits, MediaHeader, MediaPart, VideoHeader
+from plait.modalities import (
+    AudioHeader,
+    FileSlice,
+    ImageHeader,
+    Limits,
+    MediaHeader,
+    MediaPart,
+    VideoHeader,
+)
 from plait.stream import Sample
 
 HEADERS: dict[str, type[Any]] = {
@@ -29,7 +38,7 @@ HEADERS: dict[str, type[Any]] = {
 }
 """The header of each medium; those of others are not kept."""
 
-_FORMAT = 1
+_FORMAT = 2
 _IN_MEMORY = 8192
 _WRITTEN_TOGETHER = 256
 _WAIT_SECONDS = 2.0
@@ -73,7 +82,15 @@ class HeaderCache:
         Raises:
             MediaError: as `part.header`; a header that cannot be read is tried each time.
         """
-        key, state = _key_of(part, limits), _state_of(part)
+        source = getattr(part, "source", None)
+        if part.medium not in HEADERS or not isinstance(source, str | Path | FileSlice):
+            return self._read(part, limits)
+        facts = facts_of(part, limits)
+        known = source.known if isinstance(source, FileSlice) else None
+        if known is not None and known.facts == facts:
+            header: MediaHeader = known.header
+            return header
+        key, state = _key_of(source, facts), _state_of(source)
         if key is None or state is None:
             return self._read(part, limits)
         with self._lock:
@@ -120,10 +137,9 @@ class HeaderCache:
         if not rows:
             return None
         try:
-            header: MediaHeader = _from_plain(HEADERS[medium], json.loads(rows[0][0]))
+            return header_of(medium, json.loads(rows[0][0]))
         except (ValueError, TypeError, KeyError):
             return None
-        return header
 
     def _write(self) -> None:
         waiting, self._unwritten = self._unwritten, {}
@@ -179,33 +195,59 @@ class HeaderCache:
             self.path.with_name(self.path.name + ending).unlink(missing_ok=True)
 
 
-def _state_of(part: MediaPart) -> _State | None:
-    """Size and modification time of a part's file; None where there is none to ask."""
+def _state_of(source: str | Path | FileSlice) -> _State | None:
+    """Size and modification time of the file; None where there is none to ask."""
     try:
-        found = Path(part.source).stat()  # type: ignore[attr-defined]  # others raise
-    except (OSError, ValueError, TypeError):
+        found = _path_of(source).stat()
+    except (OSError, ValueError):
         return None
     return found.st_size, found.st_mtime_ns
 
 
-def _key_of(part: MediaPart, limits: Limits) -> _Key | None:
-    """The file, and all else that a header depends on; None where it is not kept."""
-    source = getattr(part, "source", None)
-    if part.medium not in HEADERS or not isinstance(source, str | Path):
-        return None
+def _path_of(source: str | Path | FileSlice) -> Path:
+    return source.path if isinstance(source, FileSlice) else Path(source)
+
+
+def own_facts(part: MediaPart) -> str:
+    """What a part says itself of how its file is read: a cut, a sampling, a soundtrack."""
     own = {field.name: _plain(getattr(part, field.name)) for field in fields(part)}  # type: ignore[arg-type]
     del own["source"]
-    facts = json.dumps([part.medium, own, asdict(limits)], sort_keys=True)
+    return json.dumps(own, sort_keys=True, default=str)
+
+
+def facts_of(part: MediaPart, limits: Limits) -> str:
+    """All that a header depends on besides the file."""
+    return f"{part.medium} {own_facts(part)} {_limits_facts(limits)}"
+
+
+@lru_cache(maxsize=8)
+def _limits_facts(limits: Limits) -> str:
+    return json.dumps(asdict(limits), sort_keys=True)
+
+
+def _key_of(source: str | Path | FileSlice, facts: str) -> _Key | None:
+    """The file, and all else that a header depends on; None where it is not kept."""
+    where = f":{source.offset}+{source.size}" if isinstance(source, FileSlice) else ""
     try:
-        path = str(Path(source).absolute())
-        path.encode()
+        name = str(_path_of(source).absolute())
+        name.encode()
     except ValueError:  # a name that is not UTF-8, which the file could not hold
         return None
-    return path, facts
+    return name + where, facts
 
 
 def _plain(value: Any) -> Any:
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def header_of(medium: str, values: Mapping[str, Any]) -> MediaHeader:
+    """A header from what `asdict` made of it.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is none of this medium.
+    """
+    header: MediaHeader = _from_plain(HEADERS[medium], values)
+    return header
 
 
 def _from_plain(kind: Any, values: Mapping[str, Any]) -> Any:

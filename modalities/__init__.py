@@ -8,6 +8,7 @@ from plait.modalities.audio import Audio, AudioHeader, AudioRequest
 from plait.modalities.image import Image, ImageHeader
 from plait.modalities.limits import Limits
 from plait.modalities.part import MediaHeader, MediaPart, Part
+from plait.modalities.sources import FileSlice
 from plait.modalities.text import Text
 from plait.modalities.video import Frames, FrameSampling, Video, VideoHeader
 
@@ -15,6 +16,7 @@ __all__ = [
     "Audio",
     "AudioHeader",
     "AudioRequest",
+    "FileSlice",
     "FrameSampling",
     "Frames",
     "Image",

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -12,7 +11,7 @@ from plait.errors import MediaError
 from plait.modalities.frames import Facts, Frames
 from plait.modalities.limits import Limits
 from plait.modalities.pixels import to_rgb
-from plait.modalities.sources import Stored
+from plait.modalities.sources import Stored, open_stored, read_stored
 
 _FORMATS = ("WEBP", "GIF", "PNG")
 
@@ -24,11 +23,8 @@ _HEAD = 12
 
 def is_animation(source: Stored) -> bool:
     """Whether the first bytes are those of a GIF, WebP or PNG file."""
-    if isinstance(source, bytes):
-        head = source[:_HEAD]
-    else:
-        with Path(source).open("rb") as file:
-            head = file.read(_HEAD)
+    with open_stored(source) as file:
+        head = file.read(_HEAD)
     return (
         head[:4] == b"GIF8"
         or head[:8] == b"\x89PNG\r\n\x1a\n"
@@ -47,7 +43,7 @@ def animation_facts(source: Stored, size: int, limits: Limits) -> Facts:
             f"an animation is read whole, so it must fit in {limits.max_video_memory:,} bytes; "
             f"this one has {size:,}; save it as MP4 or raise max_video_memory"
         )
-    data = _bytes(source)
+    data = read_stored(source)
     with _opened(data) as picture:
         width, height, form = *picture.size, str(picture.format)
     if not 0 < width * height <= limits.max_video_pixels:
@@ -66,7 +62,7 @@ def read_animation(source: Stored, times: NDArray[np.float64], facts: Facts) -> 
     Raises:
         MediaError: a picture is missing.
     """
-    data = _bytes(source)
+    data = read_stored(source)
     ends = np.cumsum(durations(data))
     # Half a microsecond: a time computed from a picture's own must find that picture.
     wanted = np.minimum(np.searchsorted(ends, times + 5e-7, side="right"), len(ends) - 1)
@@ -153,7 +149,3 @@ def _opened(data: bytes) -> PIL.Image.Image:
             "an animated picture must be whole; this one has no header that can be read; replace "
             "the file"
         ) from error
-
-
-def _bytes(source: Stored) -> bytes:
-    return source if isinstance(source, bytes) else Path(source).read_bytes()

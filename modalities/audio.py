@@ -6,7 +6,6 @@ every failure into a `MediaError` that names the file.
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -18,6 +17,8 @@ from plait.modalities.limits import Limits
 from plait.modalities.part import MediaHeader, MediaPart
 from plait.modalities.sound import RATES, Samples, read_samples, resample, to_mono
 from plait.modalities.sources import (
+    STORED,
+    Stored,
     check_cut,
     cut_name,
     digest_of,
@@ -26,7 +27,7 @@ from plait.modalities.sources import (
     size_of,
 )
 
-AudioSource = str | Path | bytes | NDArray[Any]
+AudioSource = Stored | NDArray[Any]
 
 _MOST_CHANNELS = 64
 """An array with more rows is one whose axes are the wrong way round."""
@@ -104,7 +105,7 @@ class Audio(MediaPart):
     def __post_init__(self) -> None:
         if isinstance(self.source, np.ndarray):
             self._check_array(self.source)
-        elif not isinstance(self.source, str | Path | bytes):
+        elif not isinstance(self.source, STORED):
             raise self._error(
                 f"a sound must be a path, bytes or an array; it is {type(self.source).__name__}"
             )
@@ -129,7 +130,7 @@ class Audio(MediaPart):
     def file(self) -> str:
         if isinstance(self.source, np.ndarray):
             return f"<array {self.source.shape}>"
-        return name_of(self.source) if isinstance(self.source, str | Path | bytes) else ""
+        return name_of(self.source) if isinstance(self.source, STORED) else ""
 
     @property
     def cut(self) -> str:

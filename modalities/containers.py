@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from plait.errors import MediaError
 from plait.modalities.limits import Limits
-from plait.modalities.sources import Stored, reading
+from plait.modalities.sources import Stored, open_stored, reading
 
 FORMATS = (
     "wav", "w64", "aiff", "au", "caf", "flac", "mp3", "ogg", "g722", "aac", "ac3", "eac3", "amr",
@@ -103,13 +102,13 @@ def counted_seconds(container: Any, stream: Any, most: float) -> float:
 
 
 def _openable(source: Stored) -> Any:
-    if isinstance(source, bytes):
-        return BytesIO(source)
+    if not isinstance(source, str | Path):
+        return open_stored(source)
     path = str(Path(source).absolute())
     try:
         path.encode()
     except UnicodeEncodeError:  # FFmpeg takes UTF-8; other names are read through Python
-        return Path(source).open("rb")
+        return open_stored(source)
     return f"file:{path}"
 
 
@@ -148,7 +147,8 @@ def check_wav(source: Stored, size: int) -> None:
     Raises:
         MediaError: the file ends before its samples do.
     """
-    head = source[:_HEAD] if isinstance(source, bytes) else _head_of(Path(source))
+    with open_stored(source) as file:
+        head = file.read(_HEAD)
     at = 12
     while at + 8 <= len(head):
         length = int.from_bytes(head[at + 4 : at + 8], "little")
@@ -162,11 +162,6 @@ def check_wav(source: Stored, size: int) -> None:
                 )
             return
         at += 8 + length + length % 2
-
-
-def _head_of(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(_HEAD)
 
 
 def _bits(context: Any) -> int:

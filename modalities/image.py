@@ -6,12 +6,10 @@ picture, checks it and turns every failure into a `MediaError` that names the fi
 """
 
 import hashlib
-import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,12 +19,13 @@ from numpy.typing import NDArray
 from PIL.ExifTags import Base
 from PIL.Image import DecompressionBombError, DecompressionBombWarning
 
-from plait.errors import MediaError, Origin, printable
+from plait.errors import MediaError, Origin
 from plait.modalities.limits import Limits
 from plait.modalities.part import MediaHeader, MediaPart
 from plait.modalities.pixels import UPRIGHT, Turn, to_rgb
+from plait.modalities.sources import STORED, Stored, digest_of, name_of, open_stored, size_of
 
-Source = str | Path | bytes | PIL.Image.Image | NDArray[np.uint8]
+Source = Stored | PIL.Image.Image | NDArray[np.uint8]
 
 FORMATS = (
     "PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "PCX",
@@ -72,7 +71,7 @@ class Image(MediaPart):
     def __post_init__(self) -> None:
         if isinstance(self.source, np.ndarray):
             self._check_array(self.source)
-        elif not isinstance(self.source, str | Path | bytes | PIL.Image.Image):
+        elif not isinstance(self.source, (*STORED, PIL.Image.Image)):
             raise self._error(
                 "a picture must be a path, bytes, a PIL image or a uint8 array; "
                 f"it is {type(self.source).__name__}"
@@ -82,24 +81,26 @@ class Image(MediaPart):
         """Paths and bytes compare by value; pictures in memory only with themselves."""
         if not isinstance(other, Image):
             return NotImplemented
-        if isinstance(self.source, str | Path | bytes):
+        if isinstance(self.source, STORED):
             return type(self.source) is type(other.source) and self.source == other.source
         return self.source is other.source
 
     def __hash__(self) -> int:
-        if isinstance(self.source, str | Path | bytes):
+        if isinstance(self.source, STORED):
             return hash(self.source)
         return id(self.source)
 
     @property
     def file(self) -> str:
-        if isinstance(self.source, str | Path):
-            return printable(str(self.source))
-        if isinstance(self.source, bytes):
-            return f"<{len(self.source)} bytes>"
+        if isinstance(self.source, STORED):
+            return name_of(self.source)
         if isinstance(self.source, PIL.Image.Image):
             return str(getattr(self.source, "filename", "") or "<PIL image>")
         return f"<array {getattr(self.source, 'shape', '')}>"
+
+    @property
+    def in_memory(self) -> bool:
+        return not isinstance(self.source, STORED)
 
     def header(self, limits: Limits = Limits()) -> ImageHeader:  # noqa: B008  (frozen)
         """Size and format from the header, without decoding.
@@ -138,12 +139,8 @@ class Image(MediaPart):
 
     def digest(self) -> str:
         """SHA-256, in hex, of the file's bytes, or of the canonical pixels and their shape."""
-        if isinstance(self.source, bytes):
-            return hashlib.sha256(self.source).hexdigest()
-        if isinstance(self.source, str | Path):
-            self._file_size()
-            with self._reading("read"), Path(self.source).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+        if isinstance(self.source, STORED):
+            return digest_of(self.source, "picture")
         pixels = self.decode()
         digest = hashlib.sha256(f"plait pixels {pixels.shape}".encode())
         digest.update(pixels.data)
@@ -167,12 +164,7 @@ class Image(MediaPart):
     @contextmanager
     def _opened(self, limits: Limits) -> Iterator[tuple[PIL.Image.Image, ImageHeader, Turn | None]]:
         """The picture, not yet decoded, with its header and the turn that makes it upright."""
-        size = self._size_in_bytes()
-        if size > limits.max_image_bytes:
-            raise self._error(
-                f"a picture must have at most {limits.max_image_bytes:,} bytes; this one has "
-                f"{size:,}; shrink it or raise max_image_bytes"
-            )
+        size = self._size_in_bytes(limits)
         with self._reading("read"):
             picture = self._open()
         try:
@@ -195,8 +187,8 @@ class Image(MediaPart):
             return self.source
         if isinstance(self.source, np.ndarray):
             return PIL.Image.fromarray(self.source)
-        source = BytesIO(self.source) if isinstance(self.source, bytes) else self.source
-        return PIL.Image.open(source, formats=_installed())
+        held = self.source if isinstance(self.source, str | Path) else open_stored(self.source)
+        return PIL.Image.open(held, formats=_installed())
 
     def _describe(self, picture: PIL.Image.Image, size: int, swapped: bool) -> ImageHeader:
         width, height = reversed(picture.size) if swapped else picture.size
@@ -221,27 +213,20 @@ class Image(MediaPart):
                 "save it as PNG"
             )
 
-    def _size_in_bytes(self) -> int:
-        if isinstance(self.source, bytes):
-            if not self.source:
-                raise self._error("a picture must have bytes; it is empty; give the file's bytes")
-            return len(self.source)
+    def _size_in_bytes(self, limits: Limits) -> int:
+        if isinstance(self.source, STORED):
+            return size_of(self.source, "picture", limits.max_image_bytes, "max_image_bytes")
         if isinstance(self.source, np.ndarray):
-            return self.source.nbytes
-        if isinstance(self.source, PIL.Image.Image):
+            size = self.source.nbytes
+        else:
             width, height = self.source.size
-            return width * height * len(self.source.getbands())
-        return self._file_size()
-
-    def _file_size(self) -> int:
-        with self._reading("read"):
-            facts = Path(str(self.source)).stat()
-        if not stat.S_ISREG(facts.st_mode):
-            kind = "a directory" if stat.S_ISDIR(facts.st_mode) else "not a regular file"
-            raise self._error(f"a picture must be a file; this is {kind}; give a file's path")
-        if facts.st_size == 0:
-            raise self._error("a picture must have bytes; this file is empty; replace it")
-        return facts.st_size
+            size = width * height * len(self.source.getbands())
+        if size > limits.max_image_bytes:
+            raise self._error(
+                f"a picture must have at most {limits.max_image_bytes:,} bytes; this one has "
+                f"{size:,}; make it smaller or raise max_image_bytes"
+            )
+        return size
 
     @contextmanager
     def _reading(self, what: str) -> Iterator[None]:

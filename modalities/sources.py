@@ -1,20 +1,123 @@
 """What sounds and films share: a file or its bytes, checked before any decoder sees it."""
 
 import hashlib
+import io
 import math
+import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from plait.errors import MediaError, Origin, printable
 
-Stored = str | Path | bytes
+
+@dataclass(frozen=True, slots=True)
+class KnownHeader:
+    """A header that was read before, and what it depended on besides the file."""
+
+    facts: str
+    header: Any
+
+
+@dataclass(frozen=True, slots=True)
+class FileSlice:
+    """`size` bytes from `offset` of a larger file: a member of a tar archive, called `name`.
+
+    `file_size` is what the larger file had when the member was found; one that has another size
+    now is refused. `known` is for caches of headers.
+    """
+
+    path: Path
+    offset: int
+    size: int
+    file_size: int
+    name: str
+    known: KnownHeader | None = field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.name}"
+
+
+Stored = str | Path | bytes | FileSlice
+"""What holds a file's bytes."""
+
+STORED = (str, Path, bytes, FileSlice)
 
 
 def name_of(source: Stored) -> str:
     """How messages call it."""
     return f"<{len(source)} bytes>" if isinstance(source, bytes) else printable(str(source))
+
+
+def open_stored(source: Stored) -> io.BufferedReader | io.BytesIO:
+    """The bytes as an open file, which seeks.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        MediaError: it changed since the slice was found.
+    """
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if isinstance(source, FileSlice):
+        return io.BufferedReader(_SliceReader(source))
+    return Path(source).open("rb")
+
+
+def read_stored(source: Stored) -> bytes:
+    """All of the bytes.
+
+    Raises:
+        OSError, MediaError: as `open_stored`.
+    """
+    if isinstance(source, bytes):
+        return source
+    with open_stored(source) as file:
+        return file.read()
+
+
+class _SliceReader(io.RawIOBase):
+    """A slice as a file of its own."""
+
+    def __init__(self, held: FileSlice) -> None:
+        super().__init__()
+        self._held, self._at = held, 0
+        self._file = held.path.open("rb", buffering=0)
+        if os.fstat(self._file.fileno()).st_size != held.file_size:
+            self._file.close()
+            raise MediaError(
+                "a dataset must not change while it is read; this file did; open it again"
+            )
+
+    @property
+    def name(self) -> str:
+        """Its ending tells FFmpeg a format that begins with no mark of its own, like G.722."""
+        return self._held.name
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._held.size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]
+        view = memoryview(buffer)
+        wanted = max(0, min(len(view), self._held.size - self._at))
+        self._file.seek(self._held.offset + self._at)
+        found = self._file.readinto(view[:wanted]) or 0
+        self._at += found
+        return found
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def size_of(source: Stored, noun: str, limit: int, setting: str) -> int:
@@ -27,14 +130,14 @@ def size_of(source: Stored, noun: str, limit: int, setting: str) -> int:
     Raises:
         MediaError: it is missing, empty, no regular file, or over the limit.
     """
-    size = len(source) if isinstance(source, bytes) else _file_size(source, noun)
+    size = _size(source, noun)
     if size == 0:
         raise refusal(source, f"a {noun} must have bytes; this file is empty; replace it")
     if size > limit:
         raise refusal(
             source,
-            f"a {noun} must have at most {limit:,} bytes; this one has {size:,}; shorten it or "
-            f"raise {setting}",
+            f"a {noun} must have at most {limit:,} bytes; this one has {size:,}; make it smaller "
+            f"or raise {setting}",
         )
     return size
 
@@ -43,8 +146,8 @@ def digest_of(source: Stored, noun: str) -> str:
     """SHA-256, in hex, of the file's bytes."""
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()
-    _file_size(source, noun)
-    with reading(source, noun, "read"), Path(source).open("rb") as file:
+    _size(source, noun)
+    with reading(source, noun, "read"), open_stored(source) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -95,7 +198,11 @@ def reading(source: Stored, noun: str, what: str) -> Iterator[None]:
         ) from error
 
 
-def _file_size(source: str | Path, noun: str) -> int:
+def _size(source: Stored, noun: str) -> int:
+    if isinstance(source, bytes):
+        return len(source)
+    if isinstance(source, FileSlice):
+        return source.size
     with reading(source, noun, "read"):
         facts = Path(source).stat()
     if not stat.S_ISREG(facts.st_mode):

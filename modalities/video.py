@@ -4,11 +4,9 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import PIL.Image
 
 from plait.errors import MediaError, Origin
 from plait.modalities import containers
@@ -19,9 +17,18 @@ from plait.modalities.frames import Facts, Frames, FrameSampling
 from plait.modalities.image import Image
 from plait.modalities.limits import Limits
 from plait.modalities.part import MediaHeader, MediaPart
-from plait.modalities.sources import check_cut, cut_name, digest_of, name_of, reading, size_of
+from plait.modalities.sources import (
+    STORED,
+    Stored,
+    check_cut,
+    cut_name,
+    digest_of,
+    name_of,
+    reading,
+    size_of,
+)
 
-VideoSource = str | Path | bytes | Sequence[Any]
+VideoSource = Stored | Sequence[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +76,7 @@ class Video(MediaPart):
     medium: ClassVar[str] = "video"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.source, str | Path | Sequence):
+        if not isinstance(self.source, (*STORED, Sequence)):
             raise self._error(
                 "a film must be a path, bytes or a list of pictures; it is "
                 f"{type(self.source).__name__}"
@@ -79,7 +86,7 @@ class Video(MediaPart):
                 f"a film's sound is 'interleaved', 'after' or None; it is {self.sound!r}"
             )
         check_cut(self.file, "film", self.start, self.end)
-        if isinstance(self.source, str | Path | bytes):
+        if isinstance(self.source, STORED):
             if self.fps is not None:
                 raise self._error("a film's file says its own rate; leave out fps")
             return
@@ -109,10 +116,10 @@ class Video(MediaPart):
 
     @property
     def file(self) -> str:
-        if isinstance(self.source, str | Path | bytes):
+        if isinstance(self.source, STORED):
             return name_of(self.source)
         first = self.source[0] if isinstance(self.source, Sequence) and self.source else None
-        if isinstance(first, str | Path | bytes):
+        if isinstance(first, STORED):
             return name_of(first)
         return "<list of pictures>"
 
@@ -125,8 +132,7 @@ class Video(MediaPart):
     @property
     def in_memory(self) -> bool:
         return isinstance(self.source, tuple) and all(
-            isinstance(_picture(picture).source, np.ndarray | PIL.Image.Image)
-            for picture in self.source
+            _picture(picture).in_memory for picture in self.source
         )
 
     def header(self, limits: Limits = Limits()) -> VideoHeader:  # noqa: B008  (frozen)
@@ -199,8 +205,8 @@ class Video(MediaPart):
         """Of a list, in pictures a second."""
         return self.fps or 1.0
 
-    def _stored(self) -> str | Path | bytes:
-        assert isinstance(self.source, str | Path | bytes)
+    def _stored(self) -> Stored:
+        assert isinstance(self.source, STORED)
         return self.source
 
     def _animated(self) -> bool:

@@ -30,6 +30,15 @@ _RECOGNISED_FROM = 64  # rows that are looked at to name the dialect
 _NOTED_FROM = 10_000  # rows that are looked at for notes
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A row's number in its table, what it is called without an id of its own, and where it is."""
+
+    number: int
+    name: str
+    origin: Origin
+
+
 @dataclass(frozen=True)
 class Reading:
     """How rows of objects become samples.
@@ -60,7 +69,29 @@ class Reading:
             )
         return Captions(self.captions) if self.captions and found.name == "captions" else found
 
-    def draft(self, row: Row, side: str, sides: tuple[str, ...]) -> Draft:
+    def sample(
+        self, row: Row, side: str, sides: tuple[str, ...], finder: MediaFinder, place: Place
+    ) -> Sample:
+        """One document of a row: `side` of `sides`, which are those of the rows before it.
+
+        Raises:
+            DataError: the row cannot be used.
+        """
+        try:
+            draft = self._draft(row, side, sides, finder)
+        except DataError as error:
+            raise error.at(place.origin) from None
+        own = draft.id or place.name
+        return Sample(
+            messages=draft.messages,
+            parts=draft.parts,
+            id=f"{own}-{side}" if side else own,
+            label=draft.label,
+            origin=place.origin,
+            group=place.number if side else None,
+        )
+
+    def _draft(self, row: Row, side: str, sides: tuple[str, ...], finder: MediaFinder) -> Draft:
         """One document of a row, its id and label read too."""
         dialect = self.dialect(row)
         if dialect.sides != sides:
@@ -69,7 +100,7 @@ class Reading:
                 f"before it {len(sides)}; keep them in a file of their own"
             )
         check_keys(keys_of(row), dialect)
-        draft = dialect.draft(row, side, self.finder)
+        draft = dialect.draft(row, side, finder)
         label = row.get("label")
         if isinstance(label, bool):  # whether an answer is wanted, as KTO's rows say it
             row = {**row, "label": str(label).lower()}
@@ -91,6 +122,7 @@ class TableRecords(Records):
     def __init__(self, path: Path, table: Table, reading: Reading, *, name: str) -> None:
         super().__init__(path, name=name)
         self.table, self.reading = table, reading
+        self.left_out = table.left_out
         here = Origin(name, None, str(table.file))
         found = [dialect for dialect in map(self._named, range(self._looked_at)) if dialect]
         names = sorted({dialect.name for dialect in found})
@@ -136,22 +168,16 @@ class TableRecords(Records):
         return len(self.table) * len(self.sides)
 
     def sample(self, row: int) -> Sample:
-        number, place = divmod(row, len(self.sides))
-        side, file = self.sides[place], str(self.table.file)
+        number, which = divmod(row, len(self.sides))
+        side, file = self.sides[which], self.table.place(number)
         origin = Origin(self.name, row, f"{file}, its row {number}, {side}" if side else file)
         try:
-            draft = self.reading.draft(self.table.row(number), side, self.sides)
+            found = self.table.row(number)
         except DataError as error:
             raise error.at(origin) from None
-        own = draft.id or f"{self.table.file.name}#{number}"
-        return Sample(
-            messages=draft.messages,
-            parts=draft.parts,
-            id=f"{own}-{side}" if side else own,
-            label=draft.label,
-            origin=origin,
-            group=number if side else None,
-        )
+        finder = self.table.finder(number, self.reading.finder)
+        place = Place(number, self.table.name(number), origin)
+        return self.reading.sample(found, side, self.sides, finder, place)
 
     def rows(self) -> Iterator[Row | None]:
         """Each row of the table as it is; None where it cannot be read."""
@@ -164,7 +190,8 @@ class TableRecords(Records):
     def unread(self, most: int | None = None) -> Counter[str]:
         """Of how many of the first `most` rows (or all) each key is not read."""
         found: Counter[str] = Counter()
-        for row in islice(self.rows(), most):
+        for number, row in enumerate(islice(self.rows(), most)):
+            found.update(self.table.unread(number))
             if row is not None:
                 with suppress(DataError):
                     dialect = self.reading.dialect(row)

@@ -86,7 +86,7 @@ def test_a_file_that_changed_is_read_again(
     assert isinstance(header, ImageHeader)
     assert header.width == 99
     assert opened[12:] == [pictures[3].file]
-    with sqlite3.connect(tmp_path / "c" / "1.sqlite") as file:
+    with sqlite3.connect(tmp_path / "c" / "2.sqlite") as file:
         assert file.execute("SELECT count(*) FROM headers").fetchone() == (12,), "no line twice"
 
 
@@ -152,7 +152,7 @@ def test_a_damaged_cache_is_begun_anew(
     tmp_path: Path, pictures: list[Image], opened: list[str], damage: bytes
 ) -> None:
     first = scan(tmp_path / "c", pictures)
-    (tmp_path / "c" / "1.sqlite").write_bytes(damage)
+    (tmp_path / "c" / "2.sqlite").write_bytes(damage)
     assert scan(tmp_path / "c", pictures) == first
     assert len(opened) == 24
     assert scan(tmp_path / "c", pictures) == first
@@ -161,7 +161,7 @@ def test_a_damaged_cache_is_begun_anew(
 
 def test_a_damaged_line_is_read_again(tmp_path: Path, pictures: list[Image]) -> None:
     first = scan(tmp_path / "c", pictures)
-    with sqlite3.connect(tmp_path / "c" / "1.sqlite") as file:
+    with sqlite3.connect(tmp_path / "c" / "2.sqlite") as file:
         file.execute("UPDATE headers SET header = '{\"width\": '")
     assert scan(tmp_path / "c", pictures) == first
 
@@ -171,7 +171,7 @@ def test_a_locked_or_unwritable_cache_is_passed_over(
 ) -> None:
     monkeypatch.setattr("plait.datasets.headers._WAIT_SECONDS", 0.05)
     first = scan(tmp_path / "c", pictures)
-    with sqlite3.connect(tmp_path / "c" / "1.sqlite", isolation_level=None) as other:
+    with sqlite3.connect(tmp_path / "c" / "2.sqlite", isolation_level=None) as other:
         other.execute("BEGIN EXCLUSIVE")
         PILImage.new("RGB", (77, 7)).save(pictures[0].file)
         assert len(scan(tmp_path / "c", pictures)) == 12
@@ -203,6 +203,6 @@ def test_threads_and_processes_share_it(tmp_path: Path, pictures: list[Image]) -
         runner.join()
     assert all(process.exitcode == 0 for process in processes)
     cache.close()
-    with sqlite3.connect(tmp_path / "c" / "1.sqlite") as file:
+    with sqlite3.connect(tmp_path / "c" / "2.sqlite") as file:
         assert file.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert file.execute("SELECT count(*) FROM headers").fetchone() == (12,)

@@ -73,7 +73,7 @@ def message(turn: Any, dealer: Dealer, finder: MediaFinder) -> Message:
         raise DataError(f"a message's role must be a string; it is {said}; write it as one")
     refuse_unknown("role", [role], ROLES)
     if isinstance(content, list):
-        parts = tuple(p for item in content for p in _part(item, dealer, finder))
+        parts = content_parts(content, dealer, finder)
     elif isinstance(content, str):
         parts = dealer.parts(content)
     else:
@@ -105,6 +105,11 @@ def _arguments(function: Mapping[str, Any]) -> Any:
         except (ValueError, RecursionError):
             return arguments
     return arguments
+
+
+def content_parts(content: list[Any], dealer: Dealer, finder: MediaFinder) -> tuple[Part, ...]:
+    """What a content that is a list says."""
+    return tuple(part for item in content for part in _part(item, dealer, finder))
 
 
 def _part(item: Any, dealer: Dealer, finder: MediaFinder) -> tuple[Part, ...]:

@@ -1,9 +1,13 @@
-"""Plain text: all of it is learned. {"text": "A frog: <image>", "images": ["frog.png"]}."""
+"""Plain text: all of it is learned. {"text": "A frog: <image>", "images": ["frog.png"]}.
+
+The text may be a list of typed parts, as a message's content.
+"""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from plait.datasets.records.dialects.base import COMMON, Dealer, Dialect, Draft
+from plait.datasets.records.dialects.messages import content_parts
 from plait.datasets.records.media import MediaFinder
 from plait.datasets.records.values import text_of
 from plait.errors import DataError
@@ -25,7 +29,11 @@ class PlainText(Dialect):
         finder: MediaFinder,
     ) -> Draft:
         dealer = Dealer.of_row(row, finder)
-        parts = dealer.parts(text_of(row, "text"))
+        text = row.get("text")
+        if isinstance(text, list):
+            parts = content_parts(text, dealer, finder)
+        else:
+            parts = dealer.parts(text_of(row, "text"))
         parts = (*dealer.unmarked(), *parts)
         dealer.check()
         if not parts:

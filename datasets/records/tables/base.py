@@ -8,6 +8,8 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from plait.datasets.records.base import LeftOut
+from plait.datasets.records.media import MediaFinder
 from plait.errors import DataError, Origin
 
 MAX_ROW_BYTES = 16_000_000
@@ -36,6 +38,9 @@ class Table(ABC):
     columns: tuple[str, ...] | None = None
     """The keys that every row has, where the file says so; None where each row has its own."""
 
+    left_out: tuple[LeftOut, ...] = ()
+    """What lies in the file and is no row."""
+
     def __init__(self, file: Path, max_row_bytes: int = MAX_ROW_BYTES) -> None:
         self.file, self.max_row_bytes = file, max_row_bytes
 
@@ -49,6 +54,25 @@ class Table(ABC):
         Raises:
             DataError: it cannot be read or parsed, or is too long. The place is not said.
         """
+
+    def name(self, number: int) -> str:
+        """What a row is called that has no id of its own."""
+        return f"{self.file.name}#{number}"
+
+    def place(self, number: int) -> str:
+        """Where a row lies, for messages."""
+        del number
+        return str(self.file)
+
+    def finder(self, number: int, given: MediaFinder) -> MediaFinder:
+        """What finds the media of a row; the one that is given where they lie outside."""
+        del number
+        return given
+
+    def unread(self, number: int) -> list[str]:
+        """What lies beside a row and is not read."""
+        del number
+        return []
 
     def check_size(self, size: int) -> None:
         if size > self.max_row_bytes:
