@@ -91,7 +91,7 @@ class FailurePolicy:
 
     def summary(self) -> str:
         """The rows that broke, counted by the rule they broke: "7 x a picture must be whole"."""
-        rules = Counter(_rule(message) for message in self._broken.values()).most_common()
+        rules = Counter(rule_of(message) for message in self._broken.values()).most_common()
         shown = [f"{number} x {rule}" for rule, number in rules[:REASONS_SHOWN]]
         rest = sum(number for _, number in rules[REASONS_SHOWN:])
         return "; ".join([*shown, *([f"{rest} x other reasons"] if rest else [])])
@@ -109,6 +109,6 @@ class FailurePolicy:
         }
 
 
-def _rule(message: str) -> str:
+def rule_of(message: str) -> str:
     """The first clause of a message, without the numbers of one file."""
     return re.sub(r"\d[\d,.]*", "N", re.split(r"[;:]", message, maxsplit=1)[0]).strip()

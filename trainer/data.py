@@ -56,7 +56,7 @@ def open_data(config: DataConfig, progress: Callable[[int, int], None] | None = 
         DataError, ConfigError: one cannot be read, or two have one name.
     """
     entries = config.datasets
-    opened = [_open(entry) for entry in entries]
+    opened = open_datasets(config)
     _check_names(opened)
     found = [
         split(records, entry.split or config.split, limits=config.limits, progress=progress)
@@ -87,6 +87,11 @@ def open_data(config: DataConfig, progress: Callable[[int, int], None] | None = 
 
 def locate(path: str) -> Path:
     return dataset_folder(path.removeprefix(FETCHED)) if path.startswith(FETCHED) else Path(path)
+
+
+def open_datasets(config: DataConfig) -> list[Records]:
+    """Every dataset that `config` names, in its order; nothing is split."""
+    return [_open(entry) for entry in config.datasets]
 
 
 def _open(entry: BlendEntry) -> Records:

@@ -13,6 +13,7 @@ from plait.datasets.fetch.folders import size_of
 from plait.datasets.records import open_records
 from plait.encoders import registry
 from plait.errors import ConfigError
+from plait.trainer.inspection import describe
 from plait.trainer.run import VERSIONS
 
 
@@ -33,7 +34,7 @@ def print_info(path: str | None, console: Console) -> None:
     elif (folder / "manifest.json").is_file():
         _checkpoint(folder, console)
     else:
-        _dataset(folder, console)
+        describe([open_records(folder)], console)
 
 
 def _facts(title: str, rows: dict[str, str], console: Console) -> None:
@@ -109,14 +110,3 @@ def _checkpoint(folder: Path, console: Console) -> None:
     }
     rows |= {f"metadata {key}": value for key, value in manifest.get("user_metadata", {}).items()}
     _facts(str(folder), rows, console)
-
-
-def _dataset(path: Path, console: Console) -> None:
-    records = open_records(path)
-    labels = {sample.label for sample in records if sample.label}
-    reasons: dict[str, int] = {}
-    for left in records.left_out:
-        reasons[left.reason] = reasons.get(left.reason, 0) + 1
-    rows = {"dialect": records.dialect, "rows": str(len(records)), "classes": str(len(labels))}
-    rows |= {f"left out: {reason}": str(count) for reason, count in reasons.items()}
-    _facts(str(path), rows, console)

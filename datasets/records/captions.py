@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from string import Formatter
 
 from plait.datasets.records.media import MARKS
-from plait.errors import ConfigError, DataError
+from plait.errors import ConfigError, DataError, UnknownNameError
 from plait.modalities import MediaPart, Part, Text
 from plait.stream import Message
 
@@ -40,7 +40,14 @@ class CaptionOptions:
     """The user's turn; <image> in it, or <audio> or <video>, is where the row's file stands,
     whatever its medium."""
 
+    media: tuple[str, ...] | None = None
+    """Whose captions are learned, of image, audio and video; null is all. Files of other media in
+    a folder are left out, and accounted for."""
+
     def __post_init__(self) -> None:
+        for medium in self.media or ():
+            if medium not in MARKS:
+                raise UnknownNameError("medium in captions.media", medium, MARKS)
         if self.line is not None and self.line < 1:
             raise ConfigError(f"captions.line counts from 1; it is {self.line}")
         if len(_MARK.findall(self.prompt)) != 1:
@@ -118,6 +125,11 @@ class CaptionOptions:
         Raises:
             DataError: there is no caption.
         """
+        if self.media is not None and part.medium not in self.media:
+            raise DataError(
+                f"a caption must be of a medium that captions.media names, {', '.join(self.media)};"
+                f" this is of {part.medium}; remove the row, or name its medium"
+            )
         before, after = _MARK.split(self.prompt)
         asked: list[Part] = [part]
         if before:

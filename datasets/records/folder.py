@@ -15,6 +15,9 @@ from plait.stream import Sample
 MEDIA = frozenset(ending for endings in ENDINGS.values() for ending in endings)
 """Endings of what is read as a picture, a sound or a film, in lower case."""
 
+DRAWINGS = frozenset({".ai", ".eps", ".svg", ".svgz", ".wmf"})
+"""Endings of pictures that are not read, because other programs would have to draw them."""
+
 
 class FolderRecords(Records):
     """One row a picture, sound or film that has a text, in the order of relative paths.
@@ -37,7 +40,7 @@ class FolderRecords(Records):
         self._rows: list[tuple[str, str]] = []  # relative paths of picture and text
         left_out: list[LeftOut] = []
         for folder, files in _folders(path):
-            rows, others = _pair(folder, files)
+            rows, others = _pair(folder, files, self.captions.media)
             self._rows += rows
             left_out += others
         self._rows.sort()
@@ -113,17 +116,20 @@ def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
             yield "" if relative == "." else f"{relative}/", files
 
 
-def _pair(folder: str, files: list[str]) -> tuple[list[tuple[str, str]], list[LeftOut]]:
+def _pair(
+    folder: str, files: list[str], media: tuple[str, ...] | None
+) -> tuple[list[tuple[str, str]], list[LeftOut]]:
     """The rows of one folder (file, text), and the media files that make none.
 
-    Where a picture and a sound of one name share a text, it is the picture's: what is seen is what
-    people write down, and a row counted for each would learn the same text twice.
+    Where a picture and a sound of one name share a text, it is the picture's, read or not: what is
+    seen is what people write down, and a row counted for each would learn the same text twice.
     """
     named = sorted(Path(name) for name in files if not name.startswith("."))
     texts = {name.stem: name.name for name in named if name.suffix.lower() == ".txt"}
     held = [name for name in named if name.suffix.lower() in MEDIA]
     read = {name.stem for name in held}
-    pictured = {name.stem for name in held if name.suffix.lower() in ENDINGS["image"]}
+    pictures = ENDINGS["image"] | DRAWINGS
+    pictured = {name.stem for name in named if name.suffix.lower() in pictures}
     rows, left_out = [], []
     for name in held:
         reason = ""
@@ -131,6 +137,8 @@ def _pair(folder: str, files: list[str]) -> tuple[list[tuple[str, str]], list[Le
             reason = "no .txt of the same name"
         elif name.stem in pictured and name.suffix.lower() not in ENDINGS["image"]:
             reason = "its .txt is that of the picture of the same name"
+        elif media is not None and medium_of(name.name) not in media:
+            reason = f"captions.media does not name {medium_of(name.name)}"
         if reason:
             left_out.append(LeftOut(printable(folder + name.name), reason))
         else:

@@ -27,10 +27,15 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a YAML recipe, for example: configs/stamps.yaml")
     parser.add_argument(
         "--data", metavar="PATH",
-        help="use these rows: a folder of pictures with .txt files or a .csv, or a .jsonl file",
+        help="use these rows: a folder of media with .txt files, a table, or shards",
     )  # fmt: skip
     parser.add_argument("--run-dir", metavar="FOLDER", help="where the run is kept")
     parser.add_argument("--seed", type=int, help="draws weights, order and views")
+    add_overrides(parser)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """`--set`, for commands with a recipe."""
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",
         help="change any setting, for example: --set train.steps=50 (may be repeated)",
@@ -48,13 +53,27 @@ def recipe_of(words: argparse.Namespace) -> "RunConfig":
     overrides = list(words.set)
     if words.data is not None:
         overrides += ["data.blend=null", f"data.path={_quoted(words.data)}"]
-        if words.data.endswith((".jsonl", ".json")):  # its rows are messages already
+        if not _may_be_captions(words.data):
             overrides.append("data.captions=null")
     if words.run_dir is not None:
         overrides.append(f"run_dir={_quoted(words.run_dir)}")
     if words.seed is not None:
         overrides.append(f"seed={words.seed}")
     return load_config(words.recipe, overrides)
+
+
+def _may_be_captions(path: str) -> bool:
+    """Whether a recipe's choice of how captions become samples can hold for other rows.
+
+    What cannot be opened may be: the error is told where the rows are really opened.
+    """
+    from plait.datasets.records import open_records
+    from plait.errors import PlaitError
+
+    try:
+        return open_records(path).dialect in ("captions", "folder", "mixed")
+    except PlaitError:
+        return True
 
 
 def _quoted(text: str) -> str:

@@ -68,6 +68,33 @@ def test_a_text_is_its_picture_s_and_else_its_sound_s(tmp_path: Path) -> None:
     assert records.left_out == (LeftOut("a/frog.ogg", reason),)
 
 
+def test_a_text_is_its_drawing_s_even_where_drawings_are_not_read(tmp_path: Path) -> None:
+    captioned(tmp_path, {"frog": "A frog"})
+    for name, content in {"bell.svg": "<svg/>", "bell.ogg": "sound", "bell.txt": "A bell"}.items():
+        (tmp_path / name).write_text(content)
+    records = open_records(tmp_path)
+    assert [sample.id for sample in records] == ["frog.png"]
+    assert records.left_out == (
+        LeftOut("bell.ogg", "its .txt is that of the picture of the same name"),
+    )
+
+
+def test_captions_of_some_media_alone(tmp_path: Path) -> None:
+    captioned(tmp_path, {"frog": "A frog"})
+    (tmp_path / "croak.ogg").write_bytes(b"not read here")
+    (tmp_path / "croak.txt").write_text("A croak")
+    assert len(open_records(tmp_path)) == 2
+    records = open_records(tmp_path, captions=CaptionOptions(media=("image",)))
+    assert [sample.id for sample in records] == ["frog.png"]
+    assert records.left_out == (LeftOut("croak.ogg", "captions.media does not name audio"),)
+    (tmp_path / "rows.csv").write_text("file,text\ncroak.ogg,A croak\nfrog.png,A frog\n")
+    rows = open_records(tmp_path / "rows.csv", captions=CaptionOptions(media=("image",)))
+    with pytest.raises(DataError, match=r"captions\.media names, image; this is of audio.*row 0"):
+        rows[0]
+    with pytest.raises(UnknownNameError, match="did you mean 'image'"):
+        CaptionOptions(media=("images",))
+
+
 def test_folder_accounts_for_what_it_leaves_out(tmp_path: Path) -> None:
     captioned(tmp_path, {"a/x": "x"})
     picture(tmp_path / "a/alone.png")

@@ -50,17 +50,26 @@ class Files:
         return suffix
 
 
-def files_of(documents: Sequence[Sample], limits: Limits) -> dict[str, bytes]:
+def files_of(
+    documents: Sequence[Sample], limits: Limits, *, captioned: bool = False
+) -> dict[str, bytes]:
     """The files of one row, by suffix.
 
     Args:
         documents: One sample; of a preference row the chosen and the rejected one.
+        captioned: Write a medium and its caption as such, so that how captions become samples can
+            still be chosen when the shard is read.
 
     Raises:
         DataError: a medium cannot be read, or the row says what no row of a shard can.
     """
     files = Files(limits)
-    row = _pair(documents, files) if len(documents) > 1 else _single(documents[0], files)
+    if len(documents) > 1:
+        row = _pair(documents, files)
+    elif captioned:
+        row = _caption(documents[0], files)
+    else:
+        row = _single(documents[0], files)
     return {"json": json.dumps(row, ensure_ascii=False).encode("utf-8"), **files.held}
 
 
@@ -74,6 +83,13 @@ def _single(sample: Sample, files: Files) -> dict[str, Any]:
     else:
         row["text"] = _content(sample.parts, lists, files)
     return row | lists
+
+
+def _caption(sample: Sample, files: Files) -> dict[str, Any]:
+    """A caption's row; the sample is what default options make of one."""
+    (part,) = sample.media()
+    text = "".join(p.text for p in sample.messages[-1].parts if isinstance(p, Text))
+    return {"id": sample.id, "file": _named(part, files), "text": text, "class": sample.label}
 
 
 def _pair(documents: Sequence[Sample], files: Files) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 from plait.datasets.headers import own_facts
 from plait.datasets.policy import FailurePolicy
 from plait.datasets.records.base import Records
+from plait.datasets.records.captions import CaptionOptions
+from plait.datasets.records.folder import FolderRecords
 from plait.datasets.records.media import MediaFinder
 from plait.datasets.records.rows import Reading, TableRecords
 from plait.datasets.records.shards.index import Described, beside, scan
@@ -85,13 +87,14 @@ def write_shards(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     written = Written(out)
-    most = (shard_bytes, shard_rows)
+    most, captioned = (shard_bytes, shard_rows), _are_captions(records)
     with closing(_Writer(part, records, most, limits, written)) as writer:
         for rows in _rows(records):
             if progress is not None:
                 progress(rows.start, len(records))
             try:
-                files = files_of([records[row] for row in rows], limits)
+                documents = [records[row] for row in rows]
+                files = files_of(documents, limits, captioned=captioned)
             except DataError as error:
                 placed = error.at(Origin(records.name, rows.start, error.origin.file))
                 policy.failure(placed)
@@ -201,6 +204,17 @@ def _rows(records: Records) -> Iterator[range]:
             begin = row
         group = found
     yield range(begin, len(records))
+
+
+def _are_captions(records: Records) -> bool:
+    """Whether all rows are a medium and its caption, taken as they are."""
+    if isinstance(records, FolderRecords):
+        return records.captions == CaptionOptions()
+    return (
+        isinstance(records, TableRecords)
+        and records.dialect == "captions"
+        and records.reading.captions in (None, CaptionOptions())
+    )
 
 
 def _described(samples: Sequence[Sample], limits: Limits) -> Described:

@@ -1,0 +1,181 @@
+"""Shards that are cut off, damaged or hostile: an account of every sample, nothing else."""
+
+import io
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import plait.datasets
+from plait.datasets.policy import FailurePolicy
+from plait.errors import DataError, FailureBudgetError
+from plait.modalities import Limits, Text
+from plait.stream import Sample
+
+WriteTar = Callable[..., Path]
+PICTURE = bytes(range(256)) * 4
+
+
+def said(sample: Sample) -> tuple[str, list[str], list[str]]:
+    texts = [str(part) for message in sample.messages for part in message.parts[-1:]]
+    return sample.id, [part.digest() for part in sample.media()], texts[1:]
+
+
+@pytest.mark.parametrize("members", [
+    [("../0.png", PICTURE), ("../0.txt", b"a")],
+    [("/etc/0.png", PICTURE), ("/etc/0.txt", b"a")],
+    [("a/../../0.png", PICTURE), ("a/../../0.txt", b"a")],
+])  # fmt: skip
+def test_names_that_leave_the_shard_are_refused(
+    tmp_path: Path, write_tar: WriteTar, members: list[tuple[str, bytes]]
+) -> None:
+    shard = write_tar(tmp_path / "a.tar", *members, ("good.txt", b"kept"))
+    records = plait.datasets.open(shard)
+    assert len(records) == 2 and records[1].parts == (Text("kept"),)
+    with pytest.raises(DataError, match=r"must stay inside it.*row 0.*a\.tar"):
+        records[0]
+    with pytest.raises(DataError, match="must stay inside it"):
+        list(plait.datasets.stream(shard))
+
+
+@pytest.mark.parametrize("kind", [
+    tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE
+])  # fmt: skip
+def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w") as archive:
+        link = tarfile.TarInfo("0.png")
+        link.type, link.linkname = kind, "/etc/passwd"
+        archive.addfile(link)
+        text = tarfile.TarInfo("0.txt")
+        text.size = 1
+        archive.addfile(text, io.BytesIO(b"a"))
+    with pytest.raises(DataError, match=r"plain files.*0\.png"):
+        plait.datasets.open(shard)[0]
+    skipped = FailurePolicy(on_error="skip")
+    assert list(plait.datasets.stream(shard, policy=skipped)) == [] and skipped.total == 1
+
+
+def cut_at(file: Path, size: int) -> Path:
+    shorter = file.with_name(f"cut-{size}.tar")
+    shorter.write_bytes(file.read_bytes()[:size])
+    return shorter
+
+
+def test_a_shard_cut_anywhere_gives_its_whole_samples_and_says_what_is_missing(
+    tmp_path: Path,
+    write_tar: WriteTar,
+) -> None:
+    members = [
+        (f"{n}.{suffix}", content)
+        for n in range(3)
+        for suffix, content in (("png", PICTURE), ("txt", b"text %d" % n))
+    ]
+    whole = write_tar(tmp_path / "whole.tar", *members)
+    wanted = [said(row) for row in plait.datasets.open(whole)]
+    size = whole.stat().st_size
+    for at in sorted({513, 700, 1000, *range(512, size - 8192, 512), *range(100, size, 977)}):
+        shard = cut_at(whole, at)
+        skip = FailurePolicy(on_error="skip", max_total=None, max_consecutive=None)
+        try:
+            records = plait.datasets.open(shard)
+        except DataError as error:
+            assert "cut-" in str(error)
+            with pytest.raises(DataError):
+                list(plait.datasets.stream(shard))
+            continue
+        good = []
+        broken = 0
+        for row in range(len(records)):
+            try:
+                good.append(said(records[row]))
+            except DataError as error:
+                broken += 1
+                assert error.origin.row == row and "cut-" in str(error)
+        assert good == wanted[: len(good)], at
+        assert broken or records.left_out or len(good) == 3, at
+        assert [said(row) for row in plait.datasets.stream(shard, policy=skip)] == good
+        assert bool(skip.total) == bool(broken or records.left_out), at
+        shard.unlink()
+
+
+def test_damage_in_the_middle_is_told(tmp_path: Path, write_tar: WriteTar) -> None:
+    shard = write_tar(tmp_path / "a.tar", ("0.txt", b"a"), ("1.txt", b"b"), ("2.txt", b"c"))
+    content = bytearray(shard.read_bytes())
+    content[1024:1040] = b"\xff" * 16  # the header of 1.txt
+    shard.write_bytes(content)
+    records = plait.datasets.open(shard)
+    assert [row.id for row in records] == ["0"]
+    (left,) = records.left_out
+    assert left.file == str(shard) and "bad checksum" in left.reason
+    with pytest.raises(DataError, match="bad checksum"):
+        list(plait.datasets.stream(shard))
+
+
+def test_joined_archives_are_told(tmp_path: Path, write_tar: WriteTar) -> None:
+    one = write_tar(tmp_path / "a.tar", ("0.txt", b"a"))
+    two = write_tar(tmp_path / "b.tar", ("1.txt", b"b"))
+    one.write_bytes(one.read_bytes() + two.read_bytes())
+    assert "joined" in plait.datasets.open(one).left_out[0].reason
+
+
+def test_a_header_may_not_promise_gigabytes(tmp_path: Path, write_tar: WriteTar) -> None:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 3_000_000_000
+    shard = tmp_path / "a.tar"
+    good = write_tar(tmp_path / "b.tar", ("0.txt", b"a")).read_bytes()[:1024]
+    with shard.open("wb") as file:
+        file.write(good + info.tobuf(tarfile.USTAR_FORMAT))
+        file.truncate(3_000_010_000)  # holes, so that no disk is filled
+    started = time.monotonic()
+    records = plait.datasets.open(shard)
+    assert len(records) == 1 and "3,000,000,000" in records.left_out[0].reason
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", "empty"), (b"no tar at all" * 100, "truncated|header"), (b"\0" * 10240, "no row|none")],
+)
+def test_what_is_no_shard_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(DataError, match=reason):
+        plait.datasets.open(tmp_path / "a.tar")
+
+
+def test_odd_samples_break_their_row_alone(tmp_path: Path, write_tar: WriteTar) -> None:
+    shard = write_tar(
+        tmp_path / "a.tar",
+        ("0.png", PICTURE), ("0.png", PICTURE), ("0.txt", b"twice"),
+        ("1.png", PICTURE),
+        ("2.json", b"{"), ("2.png", PICTURE),
+        ("3.txt", b"\xff"),
+        ("4.json", b'{"messages": [{"role": "user", "content": "<image>"}], "images": ["x.png"]}'),
+        ("5.json", b" " * 70_000 + b'{"text": "long"}'),
+        ("6.TXT", b"fine"),
+        ("__meta__/index.json", b"{}"), ("README", b"no ending"),
+    )  # fmt: skip
+    records = plait.datasets.open(shard, max_row_bytes=65_536)
+    reasons = ["two", r"json or a \.txt|\.json", "JSON", "UTF-8", "sample's files", "at most"]
+    for row, reason in enumerate(reasons):
+        with pytest.raises(DataError, match=reason):
+            records[row]
+    assert records[6].parts == (Text("fine"),)
+    assert {left.file.rpartition(":")[2] for left in records.left_out} == {
+        "__meta__/index.json", "README",
+    }  # fmt: skip
+
+
+def test_a_stream_passes_over_what_is_too_large_and_keeps_its_budget(
+    tmp_path: Path, write_tar: WriteTar
+) -> None:
+    members = [(f"{n}.{s}", c) for n in range(4) for s, c in (("png", PICTURE), ("txt", b"a"))]
+    shard = write_tar(tmp_path / "a.tar", *members)
+    small = Limits(max_image_bytes=100)
+    with pytest.raises(DataError, match=r"at most 100 bytes.*row 0"):
+        next(plait.datasets.stream(shard, limits=small))
+    budget = FailurePolicy(on_error="skip", max_total=2)
+    with pytest.raises(FailureBudgetError):
+        list(plait.datasets.stream(shard, limits=small, policy=budget))
