@@ -3,12 +3,12 @@
     make peers
     python -m benchmarks.loader --json
 
-Every side reads the same JPEG pictures from its own format on the local disk (ours from files that
-a JSONL table names, webdataset from tars, litdata from chunks), decodes them, resizes them to
-224 x 224 and gives batches of 32 uint8 tensors with their texts. Each side is a process of its own,
-started anew in every round; the clock runs from its first request to its last batch, without
-imports. Before anything is timed all tensors are compared: within 1/255 of webdataset's, or there
-is no number. Rounds go over all sides in turn, and a ratio is the median over rounds of
+Every side reads the same JPEG pictures from its own format on the local disk (ours and webdataset
+from tars that each wrote itself, litdata from chunks), decodes them, resizes them to 224 x 224 and
+gives batches of 32 uint8 tensors with their texts. Each side is a process of its own, started anew
+in every round; the clock runs from its first request to its last batch, without imports. Before
+anything is timed all tensors are compared: within 1/255 of webdataset's, or there is no number.
+Rounds go over all sides in turn, and a ratio is the median over rounds of
 seconds(peer) / seconds(ours).
 """
 
@@ -25,6 +25,8 @@ import numpy as np
 
 from benchmarks.loader_rows import write_rows
 from benchmarks.timing import machine
+from plait.datasets.records import open_records
+from plait.datasets.records.shards.write import write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
@@ -35,8 +37,7 @@ def command(side: str, folder: Path, *more: str) -> list[str]:
     """How a side is started; its name ends in the number of its workers."""
     name, workers = side.split("_")
     if name == "ours":
-        rows = folder / "pictures" / "rows.jsonl"
-        head = [sys.executable, "-m", "benchmarks.loader_side", str(rows)]
+        head = [sys.executable, "-m", "benchmarks.loader_side", str(folder / "ours")]
     else:
         script = ROOT / "benchmarks" / "peers" / f"{name}_side.py"
         head = [str(PEERS), str(script), str(folder / name)]
@@ -66,6 +67,7 @@ def prepare(folder: Path, count: int) -> None:
         for number, row in enumerate(map(json.loads, rows.read_text().splitlines()))
     ]
     (folder / "inputs.json").write_text(json.dumps(inputs))
+    write_shards(open_records(rows), folder / "ours", shard_rows=1000)
     for name in ("webdataset", "litdata"):
         script = str(ROOT / "benchmarks" / "peers" / f"{name}_side.py")
         words = [str(PEERS), script, str(folder / "inputs.json"), "--prepare", str(folder / name)]

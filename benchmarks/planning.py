@@ -48,8 +48,8 @@ def rows(count: int) -> Iterator[MeasuredRow]:
     text = np.clip(r.lognormal(np.log(120), 0.9, count).astype(np.int64), 8, 4096)
     pictures = r.choice([0, 1, 2, 4], count, p=[0.15, 0.60, 0.15, 0.10])
     each = r.choice([256, 576, 1024], count, p=[0.5, 0.3, 0.2])
-    for row in range(count):
-        patches, words = int(pictures[row] * each[row]), int(text[row])
+    facts = zip((pictures * each).tolist(), text.tolist(), strict=True)
+    for row, (patches, words) in enumerate(facts):
         yield MeasuredRow(
             row,
             Origin("vlm", row),

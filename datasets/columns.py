@@ -210,7 +210,8 @@ class MeasuredBuilder:
     """Collects rows, in the order of their numbers, into columns."""
 
     def __init__(self) -> None:
-        self._columns = {name: array("q") for name in _FIXED}
+        self._fixed = array("q")
+        self._rows = 0
         self._positions: dict[str, array[int]] = {}
         self._files, self._ids = _Texts(), _Texts()
         self._datasets, self._groups = _Names(), _Names()
@@ -218,32 +219,32 @@ class MeasuredBuilder:
     def add(self, row: MeasuredRow) -> None:
         """The next usable row."""
         origin, counts = row.origin, row.counts
-        facts = {
-            "row": row.row,
-            "origin_row": NONE if origin.row is None else origin.row,
-            "dataset": self._datasets(origin.dataset),
-            "group": NONE if row.group is None else self._groups(row.group),
-            "patches": counts.patches,
-            "frames": counts.frames,
-            "media_end": counts.media_end,
-            "learned": counts.learned,
-            "cut": row.cut,
-        }
-        before = len(self._columns["row"])
-        for name, value in facts.items():
-            self._columns[name].append(value)
+        # One tuple a row, in the order of `_FIXED`: this is done a million times.
+        self._fixed.extend((
+            row.row,
+            NONE if origin.row is None else origin.row,
+            self._datasets(origin.dataset),
+            NONE if row.group is None else self._groups(row.group),
+            counts.patches,
+            counts.frames,
+            counts.media_end,
+            counts.learned,
+            row.cut,
+        ))  # fmt: skip
         for medium in counts.positions:
             if medium not in self._positions:
-                self._positions[medium] = array("q", bytes(8 * before))
+                self._positions[medium] = array("q", bytes(8 * self._rows))
         for medium, column in self._positions.items():
             column.append(counts.positions.get(medium, 0))
+        self._rows += 1
         self._files.add(origin.file)
         self._ids.add(printable(row.id))
 
     def done(self, refused: Iterable[RefusedRow] = ()) -> Measured:
         """All rows that were added."""
+        fixed = np.frombuffer(self._fixed, dtype=np.int64).reshape(-1, len(_FIXED))
         return Measured(
-            {name: np.array(column, dtype=np.int64) for name, column in self._columns.items()},
+            {name: fixed[:, place].copy() for place, name in enumerate(_FIXED)},
             {name: np.array(column, dtype=np.int64) for name, column in self._positions.items()},
             self._files.column(),
             self._ids.column(),

@@ -15,7 +15,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, is_dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -210,8 +210,8 @@ def _path_of(source: str | Path | FileSlice) -> Path:
 
 def own_facts(part: MediaPart) -> str:
     """What a part says itself of how its file is read: a cut, a sampling, a soundtrack."""
-    own = {field.name: _plain(getattr(part, field.name)) for field in fields(part)}  # type: ignore[arg-type]
-    del own["source"]
+    names = [field.name for field in fields(part) if field.name != "source"]  # type: ignore[arg-type]
+    own = {name: _plain(getattr(part, name)) for name in names}
     return json.dumps(own, sort_keys=True, default=str)
 
 
@@ -250,10 +250,15 @@ def header_of(medium: str, values: Mapping[str, Any]) -> MediaHeader:
     return header
 
 
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
 def _from_plain(kind: Any, values: Mapping[str, Any]) -> Any:
     """A dataclass, and those inside it, from what `asdict` made of it."""
     made: dict[str, Any] = {}
-    for name, hint in get_type_hints(kind).items():
+    for name, hint in _hints(kind).items():
         if name not in values:
             continue
         value = values[name]

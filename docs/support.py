@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plait.datasets.records import DIALECTS, TABLES
+from plait.datasets.records.shards.table import ShardTable
 from plait.encoders import layouts
 from plait.encoders.hf_audio.model import FAMILIES as SOUND_FAMILIES
 from plait.encoders.hf_video.model import FAMILIES as FILM_FAMILIES
@@ -73,8 +74,8 @@ ROWS = (
         "encoders/test_tubelets.py::test_cubes_are_the_films_pixels_time_by_time"),
     Row("encoder", "sound_cnn", f"{AISFX}, Asterisk prompts",
         "encoders/test_sound_cnn.py::test_features_equal_the_reference"),
-    Row("encoder", "video", RANDOM,
-        "encoders/test_video.py::test_each_frame_is_encoded_as_the_picture_it_is"),
+    Row("encoder", "video", f"{LITE0}, 477 animated emoji (`configs/films.yaml`)",
+        "encoders/test_video.py::test_real_weights_encode_each_frame_as_the_picture_it_is"),
     Row("layout", "plain", f"{SMOLLM2} with {LITE0}", _LOOP),
     Row("layout", "qwen3_vl", RANDOM, _QWEN),
     Row("language family", "llama", SMOLLM2, _LOOP),
@@ -90,6 +91,8 @@ ROWS = (
     *(Row("row dialect", name, GENERATED,
           "datasets/test_dialects.py::test_a_file_may_hold_any_mix_of_rows")
       for name in ("captions", "text")),
+    Row("table", "shards", GENERATED,
+        "datasets/test_shards.py::test_we_read_shards_that_the_webdataset_package_wrote"),
     *(Row("table", name, ran_on, f"datasets/{test}") for name, ran_on, test in (
         ("jsonl", "1321 s of Asterisk prompts (`plait fetch speech`)",
          "test_fetch_rows.py::test_a_prepared_source_is_opened_as_rows_of_messages"),
@@ -127,7 +130,7 @@ def components() -> set[tuple[str, str]]:
         | {f"hf_video: {f}" for f in FILM_FAMILIES},
         "layout": (file.stem for files in layout_files for file in files if file.stem[0] != "_"),
         "row dialect": DIALECTS,
-        "table": TABLES,
+        "table": {*TABLES, ShardTable.kind},
         "pool": POOLS,
         "projector": PROJECTORS,
         "loss": LOSSES,

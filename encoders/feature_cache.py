@@ -64,7 +64,7 @@ class FeatureCache:
             if held is not None:
                 self._held.move_to_end(key)
                 return held
-        encoded = _read(self._path(key))
+        encoded = _read(self.path(key))
         if encoded is not None:
             self._hold(key, encoded)
         return encoded
@@ -79,7 +79,7 @@ class FeatureCache:
         )
         self._hold(key, plain)
         try:
-            _write(self._path(key), plain)
+            _write(self.path(key), plain)
         except OSError as error:
             warnings.warn(
                 f"features cannot be cached in {self.folder} ({error}); they will be computed "
@@ -92,7 +92,8 @@ class FeatureCache:
         sizes = [path.stat().st_size for path in self.folder.glob("??/*.safetensors")]
         return CacheSize(len(sizes), sum(sizes), self._held_bytes)
 
-    def _path(self, key: str) -> Path:
+    def path(self, key: str) -> Path:
+        """The file of an item's features."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def _hold(self, key: str, encoded: Encoded) -> None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,10 +21,19 @@ from PIL.ExifTags import Base
 from PIL.Image import DecompressionBombError, DecompressionBombWarning
 
 from plait.errors import MediaError, Origin
+from plait.modalities.jpeg import MODES, decode_jpeg
 from plait.modalities.limits import Limits
 from plait.modalities.part import MediaHeader, MediaPart
 from plait.modalities.pixels import UPRIGHT, Turn, to_rgb
-from plait.modalities.sources import STORED, Stored, digest_of, name_of, open_stored, size_of
+from plait.modalities.sources import (
+    STORED,
+    Stored,
+    digest_of,
+    name_of,
+    open_stored,
+    read_stored,
+    size_of,
+)
 
 Source = Stored | PIL.Image.Image | NDArray[np.uint8]
 
@@ -120,12 +130,10 @@ class Image(MediaPart):
             MediaError: as for `header`, or the file is truncated, or its pixels have no one
                 meaning as colours.
         """
-        with self._opened(limits) as (picture, header, turn):
+        content = self._content(limits)
+        with self._opened(limits, content) as (picture, header, turn):
             with self._reading("decoded"):
-                if isinstance(self.source, PIL.Image.Image):
-                    with _LOADING:
-                        picture.load()
-                pixels = to_rgb(picture)
+                pixels = self._pixels(picture, content)
             if turn is not None:
                 pixels = turn(pixels)
             if pixels.shape != (header.height, header.width, 3):
@@ -161,12 +169,37 @@ class Image(MediaPart):
         if array.size == 0:
             raise self._error(f"a picture must have pixels; this array is {array.shape}")
 
+    def _content(self, limits: Limits) -> bytes | None:
+        """The whole file, which is read once; None where the picture is in memory."""
+        if not isinstance(self.source, STORED):
+            return None
+        size_of(self.source, "picture", limits.max_image_bytes, "max_image_bytes")
+        with self._reading("read"):
+            return read_stored(self.source)
+
+    def _pixels(self, picture: PIL.Image.Image, content: bytes | None) -> NDArray[np.uint8]:
+        """Of the opened picture, as it lies in the file."""
+        if isinstance(self.source, PIL.Image.Image):
+            with _LOADING:
+                picture.load()
+        elif content is not None and picture.format == "JPEG" and picture.mode in MODES:
+            pixels = decode_jpeg(content)
+            if pixels is not None and pixels.shape[1::-1] == picture.size:
+                return pixels
+        return to_rgb(picture)
+
     @contextmanager
-    def _opened(self, limits: Limits) -> Iterator[tuple[PIL.Image.Image, ImageHeader, Turn | None]]:
-        """The picture, not yet decoded, with its header and the turn that makes it upright."""
+    def _opened(
+        self, limits: Limits, content: bytes | None = None
+    ) -> Iterator[tuple[PIL.Image.Image, ImageHeader, Turn | None]]:
+        """The picture, not yet decoded, with its header and the turn that makes it upright.
+
+        Args:
+            content: The file's bytes, where they are read already.
+        """
         size = self._size_in_bytes(limits)
         with self._reading("read"):
-            picture = self._open()
+            picture = self._open(content)
         try:
             turn = self._turn(picture)
             header = self._describe(picture, size, swapped=turn is not None and turn.swaps)
@@ -182,12 +215,16 @@ class Image(MediaPart):
         with _LOADING:  # Pillow says that EXIF is read before it has read it
             return _turn(picture)
 
-    def _open(self) -> PIL.Image.Image:
+    def _open(self, content: bytes | None) -> PIL.Image.Image:
         if isinstance(self.source, PIL.Image.Image):
             return self.source
         if isinstance(self.source, np.ndarray):
             return PIL.Image.fromarray(self.source)
-        held = self.source if isinstance(self.source, str | Path) else open_stored(self.source)
+        held: Any = self.source
+        if content is not None:
+            held = BytesIO(content)
+        elif not isinstance(self.source, str | Path):
+            held = open_stored(self.source)
         return PIL.Image.open(held, formats=_installed())
 
     def _describe(self, picture: PIL.Image.Image, size: int, swapped: bool) -> ImageHeader:

@@ -74,8 +74,26 @@ def read_stored(source: Stored) -> bytes:
     """
     if isinstance(source, bytes):
         return source
-    with open_stored(source) as file:
-        return file.read()
+    if not isinstance(source, FileSlice):
+        return Path(source).read_bytes()
+    with source.path.open("rb", buffering=0) as file:
+        _check_unchanged(file, source)
+        file.seek(source.offset)
+        return _read_all(file, source.size)
+
+
+def _read_all(file: io.FileIO, size: int) -> bytes:
+    """So many bytes, or all that there are: the system may give fewer than asked for at once."""
+    blocks = []
+    while size > 0 and (block := file.read(size)):
+        blocks.append(block)
+        size -= len(block)
+    return blocks[0] if len(blocks) == 1 else b"".join(blocks)
+
+
+def _check_unchanged(file: io.FileIO, held: FileSlice) -> None:
+    if os.fstat(file.fileno()).st_size != held.file_size:
+        raise MediaError("a dataset must not change while it is read; this file did; open it again")
 
 
 class _SliceReader(io.RawIOBase):
@@ -85,11 +103,11 @@ class _SliceReader(io.RawIOBase):
         super().__init__()
         self._held, self._at = held, 0
         self._file = held.path.open("rb", buffering=0)
-        if os.fstat(self._file.fileno()).st_size != held.file_size:
+        try:
+            _check_unchanged(self._file, held)
+        except MediaError:
             self._file.close()
-            raise MediaError(
-                "a dataset must not change while it is read; this file did; open it again"
-            )
+            raise
 
     @property
     def name(self) -> str:

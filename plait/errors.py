@@ -30,6 +30,8 @@ def printable(name: str) -> str:
     Bytes that are not UTF-8, which file systems allow and Python keeps as half surrogate pairs,
     are spelt out: `caf\\xe9.png`.
     """
+    if name.isascii():  # nearly all are, and this is asked of every row
+        return name
     try:
         return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # half a pair that no file system wrote
@@ -45,8 +47,9 @@ class Origin:
     file: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dataset", printable(self.dataset))
-        object.__setattr__(self, "file", printable(self.file))
+        if not (self.dataset.isascii() and self.file.isascii()):
+            object.__setattr__(self, "dataset", printable(self.dataset))
+            object.__setattr__(self, "file", printable(self.file))
 
     def __str__(self) -> str:
         facts = [f"dataset {self.dataset}"] if self.dataset else []

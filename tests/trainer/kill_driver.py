@@ -30,13 +30,8 @@ from PIL import Image
 from plait import cli
 from plait.datasets.ledger import Ledger
 from plait.datasets.loader import Loader
-from plait.datasets.records import Records
 from plait.encoders.feature_cache import FeatureCache
-from plait.errors import Origin
-from plait.modalities import Audio, Text, Video
-from plait.stream import Message, Sample
-from plait.trainer import checkpoint, data, files, run
-from plait.trainer.config import BlendEntry
+from plait.trainer import checkpoint, files, run
 from plait.trainer.lightning_run import PlaitModule
 from plait.trainer.model import PlaitModel
 from plait.trainer.run import TrainingRun
@@ -91,43 +86,6 @@ def by_the_clock(kill: "Countdown") -> None:
 
 def _to_step(path: Path, *_: Any) -> bool:
     return path.name.startswith("step-")
-
-
-class FourMedia(Records):
-    """Rows of messages with `images`, `audios` and `videos`."""
-
-    dialect = "four media"
-    options = frozenset[str]()
-
-    def __init__(self, path: Path, name: str) -> None:
-        super().__init__(path, name=name)
-        self._rows = [json.loads(line) for line in path.read_text().splitlines()]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def sample(self, row: int) -> Sample:
-        values = self._rows[row]
-        kinds = {"audios": Audio, "videos": Video}
-        media = [kinds[key](self.path.parent / f) for key in kinds for f in values.get(key, ())]
-        asked, answered = (message["content"] for message in values["messages"])
-        return Sample(
-            (
-                Message("user", (*media, Text(asked.partition(">")[2] or asked))),
-                Message("assistant", (Text(answered),)),
-            ),
-            id=f"{self.name}/{row}",
-            origin=Origin(self.name, row),
-        )
-
-
-def open_four_media(entry: BlendEntry) -> Records:
-    """A table through `FourMedia`, anything else as the product does."""
-    path = Path(entry.data.path or "")
-    return FourMedia(path, entry.data.name or "") if path.suffix == ".jsonl" else _open(entry)
-
-
-_open = data._open
 
 
 PHASES: dict[str, Callable[[Any], None]] = {
@@ -229,7 +187,6 @@ def child(folder: Path, asked: dict[str, Any]) -> None:
 
 
 def serve() -> None:
-    data._open = open_four_media
     torch.set_num_threads(1)
     Image.init()
     for name in LATER:

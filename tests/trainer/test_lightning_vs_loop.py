@@ -26,7 +26,8 @@ STEPS = 4
 def recipe(values: dict[str, Any], accumulate: int, cached: bool, folder: Path) -> RunConfig:
     assert values["model"]["lora"]["dropout"] > 0
     training = values["train"] | {
-        "steps": STEPS, "accumulate": accumulate, "cache_features": cached, "grad_clip_norm": 0.5,
+        "steps": STEPS, "accumulate": accumulate, "grad_clip_norm": 0.5,
+        "cache_features": "always" if cached else "never",
         "weight_decay": 0.1, "part_learning_rates": {"projector": 0.002},
     }  # fmt: skip
     return config_from(

@@ -18,6 +18,8 @@ from plait.modalities.sources import read_stored
 
 ENDING = ".tar"
 
+_LIMITS = Limits()
+
 
 def shards_at(path: Path) -> list[Path]:
     """The tar files at a path: itself, or those directly in a folder, in the order of names."""
@@ -44,13 +46,15 @@ class ShardTable(Table):
         self.shards = tuple(shards)
         self.left_out = tuple(left for shard in self.shards for left in shard.left_out)
         self._stops = list(accumulate(map(len, self.shards)))
+        self._last: tuple[int, Entry] | None = None
 
     def __len__(self) -> int:
         return self._stops[-1] if self._stops else 0
 
     def row(self, number: int) -> Row:
-        shard, within = self._shard(number)
-        entry = self._usable(shard, within)
+        shard, entry = self._entry(number)
+        if entry.problem:
+            raise DataError(entry.problem, Origin(file=self.place(number)))
         members = {member.suffix: member for member in entry.members}
 
         def read(suffix: str) -> bytes:
@@ -68,8 +72,7 @@ class ShardTable(Table):
         return f"{shard.tar}:{shard.key(within)}"
 
     def finder(self, number: int, given: MediaFinder) -> MediaFinder:
-        shard, within = self._shard(number)
-        entry = shard.entry(within)
+        shard, entry = self._entry(number)
         return MemberFinder(
             given.folder,
             given.fetch,
@@ -80,24 +83,26 @@ class ShardTable(Table):
                 )
                 for member in entry.members
             },
-            shard.headers(within),
-            shard.limits or Limits(),
+            shard.headers(self._shard(number)[1]),
+            shard.limits or _LIMITS,
         )
 
     def unread(self, number: int) -> list[str]:
-        shard, within = self._shard(number)
-        found = unread_of({m.suffix: m.name for m in shard.entry(within).members})
+        _, entry = self._entry(number)
+        found = unread_of({m.suffix: m.name for m in entry.members})
         return [f".{suffix}" for suffix in found]
 
     def _shard(self, number: int) -> tuple[ShardIndex, int]:
         at = bisect_right(self._stops, number)
         return self.shards[at], number - (self._stops[at - 1] if at else 0)
 
-    def _usable(self, shard: ShardIndex, within: int) -> Entry:
-        entry = shard.entry(within)
-        if entry.problem:
-            raise DataError(entry.problem, Origin(file=f"{shard.tar}:{entry.key}"))
-        return entry
+    def _entry(self, number: int) -> tuple[ShardIndex, Entry]:
+        """A sample's files; those of the last row are at hand, which is asked for several times."""
+        shard, within = self._shard(number)
+        last = self._last
+        if last is None or last[0] != number:
+            last = self._last = (number, shard.entry(within))
+        return shard, last[1]
 
 
 def _read(shard: ShardIndex, member: Member) -> bytes:
