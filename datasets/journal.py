@@ -1,5 +1,7 @@
 """The journal of timeouts: rows that a clock, and not their bytes, decided about.
 
+Held-out rows are read once, before the first epoch, and stand under `HELD_OUT`.
+
 Whether a row takes too long to decode may differ each time. So that a resumed run is the run that
 was stopped, such a row is written down, safely on the disk, before the pack without it is used; a
 run that goes on from an earlier step drops it again without trying. One JSON line a row:
@@ -13,6 +15,9 @@ from pathlib import Path
 
 from plait.datasets.ledger import RowName, row_name
 from plait.errors import CheckpointError, DecodeTimeoutError, Origin
+
+HELD_OUT = -1
+"""The epoch of rows that are held out."""
 
 
 class Journal:
@@ -58,6 +63,16 @@ class Journal:
             text = json.dumps(line, ensure_ascii=False) + "\n"
             self._append(self.path, text.encode("utf-8", "backslashreplace"))
         self._errors[key] = DecodeTimeoutError(reason, origin)
+
+    def write_to(self, path: Path) -> None:
+        """Keep a journal that was in memory in a file from now on.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        errors, self._errors, self.path = self._errors, {}, path
+        for (epoch, _), error in errors.items():
+            self.add(epoch, error.origin, error.message)
 
     @staticmethod
     def _append(path: Path, line: bytes) -> None:

@@ -27,8 +27,7 @@ from plait.datasets.policy import FailurePolicy
 from plait.datasets.settings import PackLimits
 from plait.datasets.truncation import cut_to_fit
 from plait.errors import DataError, Origin
-from plait.modalities import FrameSampling
-from plait.stream import Document, Item, Sample
+from plait.stream import Document, Sample
 
 Counter = Callable[[Sample], RowCounts]
 """What a sample takes, from headers alone; called by one thread at a time."""
@@ -53,7 +52,7 @@ def counts_of(document: Document) -> RowCounts:
         medium, length = item.part.medium, item.plan.length
         positions[medium] = positions.get(medium, 0) + length
         patches += length if medium == "image" else 0
-        frames += _frames(item) if medium == "video" else 0
+        frames += item.plan.frames
     learned = np.flatnonzero(document.weights)
     return RowCounts(
         positions={"text": document.length - sum(positions.values()), **positions},
@@ -62,14 +61,6 @@ def counts_of(document: Document) -> RowCounts:
         media_end=max((span.stop for span in document.spans), default=0),
         learned=int(learned[0]) + 1 if len(learned) else document.length + 1,
     )
-
-
-def _frames(item: Item) -> int:
-    """The frames that are read of a film; its rows in time where only their rate is asked."""
-    wanted = item.plan.wanted
-    if isinstance(wanted, FrameSampling) and wanted.count is not None:
-        return wanted.count
-    return item.plan.grid[0]
 
 
 def origin_of(sample: Sample, row: int) -> Origin:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from plait.encoders.base import Encoder, Inputs, Shape
 from plait.encoders.projectors import Pool, Projector
 from plait.errors import DataError, ModelError, Origin
-from plait.modalities import Limits, MediaHeader, MediaPart
+from plait.modalities import FrameSampling, Limits, MediaHeader, MediaPart, VideoHeader
 from plait.stream import Encoded, ItemInputs, ItemPlan
 
 
@@ -77,8 +77,11 @@ class MediaEncoder(nn.Module):
         except DataError as error:
             raise error.at(replace(origin, file=origin.file or part.file)) from error
         grid, seconds = self.projector.plan(shape)
+        frames = 0
+        if isinstance(header, VideoHeader) and isinstance(wanted, FrameSampling):
+            frames = wanted.frames(header.seconds)
         return ItemPlan(
-            self.name, prod(grid), grid, self.encoder.bidirectional, seconds, wanted=wanted
+            self.name, prod(grid), grid, self.encoder.bidirectional, seconds, wanted, frames
         )
 
     def soundtrack(self, part: MediaPart, origin: Origin) -> tuple[MediaPart | None, bool]:

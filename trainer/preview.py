@@ -1,9 +1,11 @@
 """`plait preview`: samples as the model will see them, position by position."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from plait.datasets.decoding import Decoder
 from plait.errors import DataError
 from plait.modalities import Limits
 from plait.stream import Document, Item, Sample, Span, render
@@ -23,14 +25,26 @@ def preview(config: RunConfig, rows: int, file: Path) -> Path:
     built = build(config.model, config.seed, config.data.limits)
     data = open_data(config.data)
     shown = []
-    for row in data.splits.train[:rows]:
-        try:
-            sample = data.records[row]
-            document = render(sample, built.tokenizer, built.layout)
-            shown.append(_page_entry(sample, document, built.tokenizer, config.data.limits))
-        except DataError as error:
-            shown.append(PreviewSample(f"row {row}", "cannot be used", [], (), str(error)))
+    with closing(Decoder(workers=1)) as decoder:
+        for row in data.splits.train[:rows]:
+            try:
+                sample = data.records[row]
+                document = render(sample, built.tokenizer, built.layout)
+                _decode_once(document, decoder, config.data.limits)
+                shown.append(_page_entry(sample, document, built.tokenizer, config.data.limits))
+            except DataError as error:
+                shown.append(PreviewSample(f"row {row}", "cannot be used", [], (), str(error)))
     return write_preview(shown, file)
+
+
+def _decode_once(document: Document, decoder: Decoder, limits: Limits) -> None:
+    """Decode where a process can be killed: what comes through may then be decoded here.
+
+    Raises:
+        MediaError: a medium cannot be decoded, or takes too long.
+    """
+    for item in document.items:
+        decoder.decode(item.part, limits, item.plan.wanted)
 
 
 def _page_entry(

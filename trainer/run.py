@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 
 from plait.datasets.fetch import home
+from plait.datasets.journal import Journal
 from plait.datasets.ledger import Ledger, empty_state
 from plait.encoders.feature_folder import FeatureFolder
 from plait.errors import (
@@ -52,7 +53,7 @@ from plait.trainer.progress import bar
 from plait.trainer.reports.showing import show
 from plait.trainer.rundir import claim, empty, read_json
 from plait.trainer.runlog import LossTable, make_loggers
-from plait.trainer.workbench import Workbench
+from plait.trainer.workbench import TIMEOUTS, Workbench
 
 VERSIONS = ("plait", "torch", "transformers", "peft", "lightning", "tokenizers", "numpy", "pillow")
 
@@ -93,7 +94,8 @@ class TrainingRun:
             with bar(self.console, "comparing pictures") as advance:
                 data = open_data(self.config.data, advance)
             bench = Workbench(self.config, built, data)
-            bench.check_held_out()
+            goes_on = not self.fresh and (self.folder / "run.json").is_file()
+            journal = bench.check_held_out(Journal(self.folder / TIMEOUTS) if goes_on else None)
             for note in data.splits.notes:
                 self.console.print(f"[yellow]note:[/] {note}")
             bench.require_rows()
@@ -103,6 +105,8 @@ class TrainingRun:
         if self.fresh:
             empty(self.folder)
         claim(self.folder, self.config)
+        if not goes_on:
+            journal.write_to(self.folder / TIMEOUTS)
         remove_leftovers(self.folder / "checkpoints")
         return bench
 

@@ -10,7 +10,7 @@ from plait.datasets.decoding import Decoder
 from plait.datasets.executor import Executor
 from plait.datasets.fetch import home
 from plait.datasets.headers import HeaderCache
-from plait.datasets.journal import Journal
+from plait.datasets.journal import HELD_OUT, Journal
 from plait.datasets.ledger import Ledger
 from plait.datasets.loader import Loader
 from plait.datasets.planning import counts_of, measure, placed, screen
@@ -18,7 +18,7 @@ from plait.datasets.policy import FailurePolicy
 from plait.datasets.settings import LoaderSettings
 from plait.encoders.feature_cache import FeatureCache
 from plait.encoders.media_encoder import MediaEncoder
-from plait.errors import DataError, Origin
+from plait.errors import DataError, DecodeTimeoutError, Origin
 from plait.stream import Document, Item, Sample, check_placeholders, render
 from plait.trainer.build import Built
 from plait.trainer.config import RunConfig
@@ -26,6 +26,9 @@ from plait.trainer.data import RunData
 from plait.trainer.evaluation.reader import Reader, batched
 from plait.trainer.evaluation.suite import Suite
 from plait.trainer.loading import BATCH, ItemLoader, cacheable
+
+TIMEOUTS = "timeouts.jsonl"
+"""In a run's folder: rows that a clock decided about."""
 
 
 @dataclass
@@ -155,27 +158,34 @@ class Workbench:
             self.policy,
             ledger,
             shares=self.data.shares,
-            journal=Journal(ledger.path.with_name("timeouts.jsonl")) if ledger else None,
+            journal=Journal(ledger.path.with_name(TIMEOUTS)) if ledger else None,
             measured=self.measured,
             left_out=self.data.left_out,
             broken=self.held_out_broken,
         )
 
-    def check_held_out(self) -> None:
+    def check_held_out(self, journal: Journal | None = None) -> Journal:
         """Read every held-out row once, so that none breaks in the middle of a run.
 
         Where broken rows are skipped they leave their split, with a note, and the ledger calls
-        them broken.
+        them broken. A row that the journal says timed out is not tried again: a run that goes on
+        is measured on the rows that it was measured on.
+
+        Returns:
+            The journal, with rows that time out now.
 
         Raises:
             DataError, FailureBudgetError: as the policy says.
         """
+        journal = Journal() if journal is None else journal
         splits = self.data.splits
         notes: dict[int, str] = {}
         for row in [*splits.validation, *splits.test]:
             try:
-                self._read(row)
+                self._read(row, journal)
             except DataError as error:
+                if isinstance(error, DecodeTimeoutError):
+                    journal.add(HELD_OUT, error.origin, error.message)
                 self.policy.failure(error)
                 notes[row] = f"a held-out row is left out: {error}"
                 self.held_out_broken.append((error.origin, error.message))
@@ -187,6 +197,7 @@ class Workbench:
             test=[row for row in splits.test if row not in notes],
             notes=(*splits.notes, *notes.values()),
         )
+        return journal
 
     def require_rows(self) -> None:
         """
@@ -210,8 +221,10 @@ class Workbench:
                 "chosen ones as messages"
             )
 
-    def _read(self, row: int) -> None:
+    def _read(self, row: int, journal: Journal) -> None:
         sample = self.data.records[row]
+        if (timeout := journal.error(HELD_OUT, sample.origin)) is not None:
+            raise timeout
         try:
             for item in self.render(sample).items:
                 self.loading(item)

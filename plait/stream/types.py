@@ -26,8 +26,9 @@ class ItemPlan:
 
     `grid` is (time, height, width) in positions; `bidirectional` says that the positions of the
     item see one another in both directions. `seconds` is when each time row of the grid begins,
-    for media that have time, and `wanted` what decoding is asked for. `interleaved` marks a
-    soundtrack whose positions stand between the frames of its film.
+    for media that have time, and `wanted` what decoding is asked for; `frames` are those that are
+    read of a film. `interleaved` marks a soundtrack whose positions stand between the frames of its
+    film.
     """
 
     encoder: str
@@ -36,6 +37,7 @@ class ItemPlan:
     bidirectional: bool = False
     seconds: tuple[float, ...] = ()
     wanted: Any = None
+    frames: int = 0
     interleaved: bool = False
 
 

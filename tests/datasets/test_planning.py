@@ -13,7 +13,7 @@ from plait.datasets.policy import FailurePolicy
 from plait.datasets.schedule import Schedule, summarise
 from plait.datasets.settings import LoaderSettings, PackLimits
 from plait.errors import DataError, FailureBudgetError, MediaError, Origin
-from plait.modalities import Image, Text
+from plait.modalities import Image, Text, Video
 from plait.stream import Document, Item, ItemPlan, Sample, Span
 
 
@@ -158,6 +158,14 @@ def test_counts_are_read_off_the_document() -> None:
     assert counts_of(document) == RowCounts(
         positions={"text": 6, "image": 4}, patches=4, media_end=5, learned=11
     )
+
+
+def test_frames_are_those_that_are_read_whatever_is_pooled_of_them() -> None:
+    film = Video([np.zeros((8, 8, 3), np.uint8)])
+    item = Item(film, ItemPlan("tower", 2, (2, 1, 1), frames=8))
+    ids = np.zeros(3, dtype=np.int64)
+    document = Document(ids, ids, ids.astype(np.float32), ids, (Span(0, 2, "tower", 0),), (item,))
+    assert counts_of(document).frames == 8 and counts_of(document).positions["video"] == 2
 
 
 def test_the_summary_adds_up() -> None:

@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from plait.encoders.efficientnet_lite.model import EfficientNetLite0
+from plait.errors import DecodeTimeoutError
+from plait.stream import Item, ItemInputs
 from plait.trainer.build import build
 from plait.trainer.config import config_from
 from plait.trainer.data import open_data
+from plait.trainer.loading import ItemLoader
+from plait.trainer.run import TrainingRun
 from plait.trainer.spec import EncoderSpec
 from plait.trainer.workbench import Workbench
 
@@ -63,3 +68,32 @@ def test_a_kill_while_features_are_computed_changes_no_bit(
     bench.cache_features([[first]], lambda _: None)
     [(name, alone)] = features(private_home).items()
     assert alone == whole[name], "nor does another run's choice of pictures"
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_held_out_row_that_timed_out_once_stays_out_of_a_run_that_goes_on(
+    fresh: bool, tiny_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = {"on_error": "skip"}
+    values = tiny_values | {
+        "run_dir": str(tmp_path / "run"), "data": tiny_values["data"] | {"broken": broken},
+    }  # fmt: skip
+    config = config_from(values)
+    slow = open_data(config.data).test[0]
+    loaded = ItemLoader.__call__
+
+    def stuck(loader: ItemLoader, item: Item) -> ItemInputs:
+        if item.part in slow.media():
+            raise DecodeTimeoutError("decoding must end; this took too long", slow.origin)
+        return loaded(loader, item)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ItemLoader, "__call__", stuck)
+        first = TrainingRun(config, Console(quiet=True)).prepare()
+    (line,) = (tmp_path / "run" / "timeouts.jsonl").read_text().splitlines()
+    assert json.loads(line)["epoch"] == -1 and json.loads(line)["row"] == slow.origin.row
+    assert slow not in first.data.test and len(first.data.test) == 5
+    # The machine is quick now.
+    again = TrainingRun(config, Console(quiet=True), fresh).prepare()
+    assert (slow in again.data.test) == fresh
+    assert len(again.held_out_broken) == (0 if fresh else 1)
