@@ -1,11 +1,16 @@
 """Shards that are cut off, damaged or hostile: an account of every sample, nothing else."""
 
 import io
+import json
+import os
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import plait.datasets
@@ -179,3 +184,76 @@ def test_a_stream_passes_over_what_is_too_large_and_keeps_its_budget(
     budget = FailurePolicy(on_error="skip", max_total=2)
     with pytest.raises(FailureBudgetError):
         list(plait.datasets.stream(shard, limits=small, policy=budget))
+
+
+def damaged(content: bytes, chance: np.random.Generator) -> bytes:
+    """Bytes changed, a stretch taken out, put in or set to nothing, or the end cut off."""
+    held = bytearray(content)
+    # Half of the damage falls into headers, which begin at every 512th byte.
+    at = int(chance.integers(0, len(held) - 600))
+    at = at // 512 * 512 + int(chance.integers(0, 160)) if chance.random() < 0.5 else at
+    kind, length = chance.integers(0, 5), int(chance.integers(1, 40))
+    if kind == 0:
+        held[at : at + length] = chance.integers(0, 256, length, dtype=np.uint8).tobytes()
+    elif kind == 1:
+        del held[at : at + 512 * length // 8]
+    elif kind == 2:
+        held[at:at] = chance.integers(0, 256, length, dtype=np.uint8).tobytes()
+    elif kind == 3:
+        held[at : at + 512] = bytes(512)
+    else:
+        del held[at:]
+    return bytes(held)
+
+
+def outcome(read: Callable[[], list[tuple[str, list[str], list[str]]]]) -> str:
+    """Whether a damaged shard was refused; anything but a DataError escapes and fails the test."""
+    try:
+        return "read" if read() else "read, and no row is whole"
+    except DataError as error:
+        assert len(str(error)) < 1000 and "\n" not in str(error)
+        return "refused"
+
+
+def check_damaged(tmp_path: Path, write_tar: WriteTar, count: int) -> Counter[str]:
+    members = []
+    for number in range(6):
+        row = {"messages": [{"role": "assistant", "content": f"<image>{number}"}]}
+        members += [(f"a/{number}.json", json.dumps(row).encode()), (f"a/{number}.jpg", PICTURE)]
+        members += [(f"b/{number}.png", PICTURE), (f"b/{number}.txt", b"A caption")]
+    whole = write_tar(tmp_path / "whole.tar", *members).read_bytes()
+    chance, found = np.random.default_rng(5), Counter[str]()
+    shard = tmp_path / "damaged.tar"
+
+    def by_number() -> list[tuple[str, list[str], list[str]]]:
+        good, records = [], plait.datasets.open(shard)
+        for row in range(len(records)):
+            with suppress(DataError):
+                good.append(said(records[row]))
+        return good
+
+    def in_order() -> list[tuple[str, list[str], list[str]]]:
+        skip = FailurePolicy(on_error="skip", max_total=None, max_consecutive=None)
+        return [said(row) for row in plait.datasets.stream(shard, policy=skip)]
+
+    for number in range(count):
+        shard.write_bytes(damaged(whole, chance))
+        os.utime(shard, ns=(number, number))  # so that no index of the last one is taken for it
+        found[f"by number: {outcome(by_number)}"] += 1
+        found[f"in order: {outcome(in_order)}"] += 1
+    print(dict(sorted(found.items())))
+    assert found["by number: read"] > count / 2 and found["in order: read"] > count / 2
+    return found
+
+
+def test_damaged_shards_are_read_as_far_as_they_are_whole(
+    tmp_path: Path, write_tar: WriteTar
+) -> None:
+    check_damaged(tmp_path, write_tar, 200)
+
+
+@pytest.mark.fuzz
+def test_thousands_of_damaged_shards_are_read_as_far_as_they_are_whole(
+    tmp_path: Path, write_tar: WriteTar
+) -> None:
+    check_damaged(tmp_path, write_tar, 3000)
