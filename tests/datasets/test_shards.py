@@ -261,6 +261,16 @@ def test_an_index_of_another_tar_is_not_believed(
         plait.datasets.open(shard)[0]
 
 
+def test_rows_that_changed_places_under_an_index_are_noticed(
+    tmp_path: Path, write_tar: WriteTar
+) -> None:
+    shard = write_tar(tmp_path / "a.tar", ("0.txt", b"short"), ("1.txt", b"rather longer"))
+    index_of(shard).write(beside(shard))
+    write_tar(shard, ("1.txt", b"rather longer"), ("0.txt", b"short"))
+    with pytest.raises(DataError, match=r"delete the index beside it \(a\.parquet\)"):
+        plait.datasets.open(shard)[0]
+
+
 def test_the_index_of_somebody_s_tar_is_kept_until_it_changes(
     tmp_path: Path, write_tar: WriteTar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,3 +342,13 @@ def test_records_of_shards_can_be_pickled_and_read_by_many_threads(
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda n: said(records[n % 5]), range(200)))
     assert found == wanted * 40
+
+
+def test_a_name_that_means_none_of_several_is_refused(tmp_path: Path, write_tar: WriteTar) -> None:
+    turns = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a"}]
+    row = json.dumps({"messages": turns, "images": ["elsewhere.png"]}).encode()
+    one = write_tar(tmp_path / "one.tar", ("0.json", row), ("0.a.png", png()))
+    assert plait.datasets.open(one)[0].media()[0].digest() == Image(png()).digest()
+    two = write_tar(tmp_path / "two.tar", ("0.json", row), ("0.a.png", png()), ("0.b.png", png(1)))
+    with pytest.raises(DataError, match=r"one of the sample's files.*elsewhere\.png"):
+        plait.datasets.open(two)[0]
