@@ -95,6 +95,7 @@ def split(
     *,
     limits: Limits = Limits(),  # noqa: B008  (frozen)
     progress: Progress | None = None,
+    near: Sequence[int] | None = None,
 ) -> Splits:
     """Split by the hash of ids (or of answers or labels), groups whole.
 
@@ -106,13 +107,18 @@ def split(
 
     Args:
         progress: Called with (done, all); each picture is hashed, then compared.
+        near: Groups of near-duplicates, as `group_rows` gives them, where they are known.
 
     Raises:
         DataError: no row would be left to train on.
     """
-    read = [_readable(samples, row) for row in range(len(samples))]
-    groups, notes = list(range(len(read))), []
-    if options.near_duplicate_bits is not None and options.test + options.validation:
+    read = readable(samples)
+    groups, notes = list(range(len(read)) if near is None else near), []
+    if (
+        near is None
+        and options.near_duplicate_bits is not None
+        and options.test + options.validation
+    ):
         groups, broken = group_rows(read, options.near_duplicate_bits, limits, progress)
         if broken:
             notes.append(f"{broken} pictures cannot be decoded and were compared with none")
@@ -139,11 +145,15 @@ def split(
     return Splits(train, sorted(for_validation), sorted(for_test), moved, (*note, *notes))
 
 
-def _readable(samples: Sequence[Sample], row: int) -> Sample | None:
-    try:
-        return samples[row]
-    except DataError:
-        return None
+def readable(samples: Sequence[Sample]) -> list[Sample | None]:
+    """The samples; None where one cannot be read."""
+    found: list[Sample | None] = []
+    for row in range(len(samples)):
+        try:
+            found.append(samples[row])
+        except DataError:
+            found.append(None)
+    return found
 
 
 _Choose = Callable[[list[int]], list[int]]

@@ -5,7 +5,6 @@ import os
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from plait.encoders.feature_cache import FeatureCache
@@ -33,12 +32,7 @@ class FeatureFolder:
         fcntl.flock(self._lock, fcntl.LOCK_SH)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from plait.datasets.apart import split_apart
 from plait.datasets.blend import Joined, Share
 from plait.datasets.fetch import dataset_folder
 from plait.datasets.records import Records, open_records
-from plait.datasets.splits import Splits, split
+from plait.datasets.splits import Splits
 from plait.errors import ConfigError, DataError, Origin
 from plait.stream import Sample
 from plait.trainer.config import FETCHED, BlendEntry, DataConfig
@@ -45,7 +46,10 @@ class RunData:
 
 
 def open_data(config: DataConfig, progress: Callable[[int, int], None] | None = None) -> RunData:
-    """Open and split the rows that `config` names; each dataset is split by itself.
+    """Open and split the rows that `config` names.
+
+    Each dataset is split by itself; then what shows nearly the same as a held-out row of another
+    one is held out with it.
 
     Args:
         progress: Called with (done, all) while near-duplicates are looked for: each picture is
@@ -58,10 +62,8 @@ def open_data(config: DataConfig, progress: Callable[[int, int], None] | None = 
     entries = config.datasets
     opened = open_datasets(config)
     _check_names(opened)
-    found = [
-        split(records, entry.split or config.split, limits=config.limits, progress=progress)
-        for records, entry in zip(opened, entries, strict=True)
-    ]
+    options = [entry.split or config.split for entry in entries]
+    found = split_apart(opened, options, limits=config.limits, progress=progress)
     joined = Joined(opened)
     notes = [note for records in opened for note in records.notes()]
     splits = _joined_splits(found, joined.starts)
