@@ -254,6 +254,19 @@ def test_csv_folder_file_and_media_dir(tmp_path: Path) -> None:
     assert [s.label for s in elsewhere] == ["", "cars"]
 
 
+@pytest.mark.parametrize(("ending", "sign"), [("csv", ";"), ("csv", "\t"), ("tsv", "\t")])
+def test_a_spreadsheet_of_any_country_is_read(tmp_path: Path, ending: str, sign: str) -> None:
+    lines = [["File name", "Caption", "Class"], ["a.png", f'"one{sign} two, three"', "x"]]
+    text = "".join(f"{sign.join(line)}\r\n" for line in lines)
+    (tmp_path / f"Pictures.{ending}").write_text(text, encoding="utf-8-sig")
+    (row,) = open_records(tmp_path / f"Pictures.{ending}")
+    assert row.messages[1].parts == (Text(f"one{sign} two, three"),)
+    assert (row.id, row.label) == ("a.png", "x")
+    (tmp_path / f"Pictures.{ending}").write_text(text + f"b.png{sign}too{sign}many{sign}cells\n")
+    with pytest.raises(DataError, match="contains a " + {";": "semicolon", "\t": "tab"}[sign]):
+        open_records(tmp_path / f"Pictures.{ending}")[1]
+
+
 def test_csv_without_a_class_column_takes_the_first_folder(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("image,text\nanimals/x/a.png,one\nb.png,two\n")
     assert [s.label for s in open_records(tmp_path)] == ["animals", ""]

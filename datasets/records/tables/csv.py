@@ -1,6 +1,11 @@
-"""CSV: a header, then a row a record; a quoted cell may run over lines."""
+"""CSV: a header, then a row a record; a quoted cell may run over lines.
+
+Cells are parted by commas, or by the semicolons or tabs that spreadsheets write in many countries:
+the header's line says which.
+"""
 
 import csv
+import re
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,19 +17,23 @@ from numpy.typing import NDArray
 from plait.datasets.records.tables.base import MAX_ROW_BYTES, IndexedTable, Row
 from plait.errors import DataError, Origin
 
+_NAMES = {",": "comma", ";": "semicolon", "\t": "tab"}
+
 
 class CsvTable(IndexedTable):
-    """One row a record after the header; capitals and spaces around a column's name do not matter.
+    """One row a record after the header, whose columns are named without regard to capitals.
 
-    Opening reads the file once, to find where records end, and keeps none of it.
+    A space in a name is read as "_", so that a spreadsheet's "File name" is `file_name`. Opening
+    reads the file once, to find where records end, and keeps none of it.
     """
 
     kind: ClassVar[str] = "csv"
     what: ClassVar[str] = "a CSV"
-    endings: ClassVar[tuple[str, ...]] = (".csv",)
+    endings: ClassVar[tuple[str, ...]] = (".csv", ".tsv")
 
     def __init__(self, file: Path, max_row_bytes: int = MAX_ROW_BYTES) -> None:
         self._header: list[str] = []
+        self._delimiter = ","
         super().__init__(file, max_row_bytes)
         self.columns = tuple(self._header)
 
@@ -32,9 +41,10 @@ class CsvTable(IndexedTable):
         bounds, lines = array("q"), _Lines(content, self.max_row_bytes)
         start = 0
         try:
-            for cells in csv.reader(lines, strict=True):
+            self._delimiter = _delimiter(content, self.max_row_bytes)
+            for cells in csv.reader(lines, strict=True, delimiter=self._delimiter):
                 if cells and not self._header:
-                    self._header = [cell.strip().lower() for cell in cells]
+                    self._header = ["_".join(cell.lower().split()) for cell in cells]
                 elif cells:
                     bounds.extend((start, lines.position))
                 start = lines.position
@@ -51,15 +61,24 @@ class CsvTable(IndexedTable):
 
     def parse(self, content: bytes) -> Row:
         try:
-            (cells,) = csv.reader(_decoded(content).splitlines(keepends=True), strict=True)
+            lines = _decoded(content).splitlines(keepends=True)
+            (cells,) = csv.reader(lines, strict=True, delimiter=self._delimiter)
         except csv.Error as error:
             raise _refused(error) from error
         if len(cells) != len(self._header):
             raise DataError(
                 f"a CSV row must have {len(self._header)} cells, as the header has; this one has "
-                f"{len(cells)}; quote a text that contains a comma"
+                f"{len(cells)}; quote a text that contains a {_NAMES[self._delimiter]}"
             )
         return dict(zip(self._header, cells, strict=True))
+
+
+def _delimiter(content: BinaryIO, most: int) -> str:
+    """What parts the header's cells: of those that may, the one that stands there most often."""
+    line = next(filter(str.strip, _Lines(content, most)), "")
+    content.seek(0)
+    bare = re.sub(r'"[^"]*"', "", line)
+    return max(_NAMES, key=bare.count)
 
 
 class _Lines(Iterator[str]):
