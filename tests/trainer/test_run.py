@@ -89,8 +89,9 @@ def test_a_run_leaves_what_it_promises(values: dict[str, Any]) -> None:
     assert metrics is not None
     run = config.folder
     names = {path.name for path in run.iterdir()}
-    assert names == {"run.json", "before.json", "checkpoints", "ledger.jsonl", "logs",
-                     "losses.csv", "metrics.json", "captions.json"}  # fmt: skip
+    assert names == {"run.json", "features.json", "before.json", "checkpoints",
+                     "ledger.jsonl", "logs", "losses.csv", "metrics.json",
+                     "captions.json"}  # fmt: skip
     assert json.loads((run / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     for measured in (metrics["test"], metrics["before"]):
         assert {"nll_matched", "nll_shuffled", "class_accuracy"} <= set(measured)

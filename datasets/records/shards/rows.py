@@ -1,7 +1,7 @@
 """From a sample to the files of a shard: a row as JSON, and its media beside it."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -21,11 +21,15 @@ _KEY_OF = {medium: key for key, medium in MEDIA_KEYS.items()}
 _USUAL_ENDING = {"image": ".png", "audio": ".wav", "video": ".mp4"}
 
 
+ReadHeader = Callable[[MediaPart, Limits], MediaHeader]
+
+
 @dataclass(slots=True)
 class Files:
     """The files of one sample, by suffix; the same bytes are kept once."""
 
     limits: Limits
+    header: ReadHeader
     held: dict[str, bytes] = field(default_factory=dict)
     _known: dict[Any, str] = field(default_factory=dict)
 
@@ -35,7 +39,7 @@ class Files:
         Raises:
             MediaError: its header cannot be read.
         """
-        header = part.header(self.limits)
+        header = self.header(part, self.limits)
         known = self._known.get(source)
         if known is None:
             with reading(source, "file", "read"):
@@ -51,19 +55,20 @@ class Files:
 
 
 def files_of(
-    documents: Sequence[Sample], limits: Limits, *, captioned: bool = False
+    documents: Sequence[Sample], limits: Limits, header: ReadHeader, *, captioned: bool = False
 ) -> dict[str, bytes]:
     """The files of one row, by suffix.
 
     Args:
         documents: One sample; of a preference row the chosen and the rejected one.
+        header: Reads the header of a medium that lies in a file, which proves it readable.
         captioned: Write a medium and its caption as such, so that how captions become samples can
             still be chosen when the shard is read.
 
     Raises:
         DataError: a medium cannot be read, or the row says what no row of a shard can.
     """
-    files = Files(limits)
+    files = Files(limits, header)
     if len(documents) > 1:
         row = _pair(documents, files)
     elif captioned:

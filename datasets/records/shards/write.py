@@ -9,12 +9,13 @@ JSON names its own files alone, so that a shard can be moved, or streamed, by it
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from plait.datasets.decoding import Decoder
 from plait.datasets.headers import own_facts
 from plait.datasets.policy import FailurePolicy
 from plait.datasets.records.base import Records
@@ -88,13 +89,17 @@ def write_shards(
     part.mkdir(parents=True)
     written = Written(out)
     most, captioned = (shard_bytes, shard_rows), _are_captions(records)
-    with closing(_Writer(part, records, most, limits, written)) as writer:
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, part, ignore_errors=True)  # after an error; else it has moved
+        decoder = stack.enter_context(Decoder(workers=1))
+        writer = _Writer(part, records, most, limits, decoder, written)
+        stack.enter_context(closing(writer))
         for rows in _rows(records):
             if progress is not None:
                 progress(rows.start, len(records))
             try:
                 documents = [records[row] for row in rows]
-                files = files_of(documents, limits, captioned=captioned)
+                files = files_of(documents, limits, decoder.header, captioned=captioned)
             except DataError as error:
                 placed = error.at(Origin(records.name, rows.start, error.origin.file))
                 policy.failure(placed)
@@ -103,15 +108,15 @@ def write_shards(
             policy.success()
             writer.add(files, rows)
         writer.finish()
-    if not written.rows:
-        raise DataError(
-            f"shards need a row, and of {len(records)} none could be written; the first: "
-            f"{written.left_out[0][1]}",
-            written.left_out[0][0],
-        )
-    if out.exists():
-        out.rmdir()
-    part.rename(out)
+        if not written.rows:
+            raise DataError(
+                f"shards need a row, and of {len(records)} none could be written; the first: "
+                f"{written.left_out[0][1]}",
+                written.left_out[0][0],
+            )
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
     if progress is not None:
         progress(len(records), len(records))
     return written
@@ -122,11 +127,11 @@ class _Writer:
 
     def __init__(
         self, folder: Path, records: Records, most: tuple[int, int], limits: Limits,
-        written: Written,
+        decoder: Decoder, written: Written,
     ) -> None:  # fmt: skip
         self._folder, self._records, self._limits = folder, records, limits
         self._most_bytes, self._most_rows = most
-        self._written = written
+        self._decoder, self._written = decoder, written
         self._file: BinaryIO | None = None
         self._tar: Any = None
         self._rows: list[range] = []
@@ -184,7 +189,7 @@ class _Writer:
             samples = [copies[row] for row in copied]
             for original, sample in zip(originals, samples, strict=True):
                 check_copy(original, sample, self._limits)
-            described.append(_described(samples, self._limits))
+            described.append(_described(samples, self._limits, self._decoder))
         bare.described(described, self._limits).write(beside(self._path))
         self._written.bytes += bare.size
         self._written.shards += 1
@@ -217,7 +222,7 @@ def _are_captions(records: Records) -> bool:
     )
 
 
-def _described(samples: Sequence[Sample], limits: Limits) -> Described:
+def _described(samples: Sequence[Sample], limits: Limits, decoder: Decoder) -> Described:
     texts = [part.text for sample in samples for part in _parts(sample) if isinstance(part, Text)]
     headers = {}
     for part in (part for sample in samples for part in sample.media()):
@@ -225,7 +230,7 @@ def _described(samples: Sequence[Sample], limits: Limits) -> Described:
         if isinstance(source, FileSlice):
             suffix = source.name.partition(".")[2]
             key = (suffix, own_facts(part))
-            header: Any = part.header(limits)
+            header: Any = decoder.header(part, limits)
             headers[key] = [*key, part.medium, asdict(header)]
     return Described(sum(map(len, texts)), json.dumps(list(headers.values())) if headers else "")
 
