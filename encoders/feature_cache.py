@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -53,8 +54,7 @@ class FeatureCache:
 
     def key(self, digest: str, view: str = "") -> str:
         """The key of an item: the digest of its file, and the name of its view."""
-        facts = [self.fingerprint, digest, view]
-        facts += [f"{library} {version(library)}" for library in LIBRARIES]
+        facts = [self.fingerprint, digest, view, *_versions()]
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
     def get(self, key: str) -> Encoded | None:
@@ -105,6 +105,12 @@ class FeatureCache:
             while self._held_bytes > self.memory_bytes:
                 _, dropped = self._held.popitem(last=False)
                 self._held_bytes -= _bytes(dropped)
+
+
+@cache
+def _versions() -> tuple[str, ...]:
+    """Of the libraries; looking them up takes a millisecond, and a key is made of every item."""
+    return tuple(f"{library} {version(library)}" for library in LIBRARIES)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ computed beside others of a micro-batch changes their last bits. An encoder that
 asked: its features change with every step.
 """
 
+import statistics
 import tempfile
 import time
 from collections.abc import Hashable, Sequence
@@ -52,9 +53,22 @@ class _Use:
     items: dict[Hashable, Item] = field(default_factory=dict)
     reads: float = 0.0
 
-    def bytes(self, width: int, itemsize: int) -> int:
+    def bytes(self, position: float) -> float:
+        """On the disk, with so many bytes a position."""
         positions = sum(item.plan.length for item in self.items.values())
-        return positions * width * itemsize + len(self.items) * OVERHEAD
+        return positions * position + len(self.items) * OVERHEAD
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """Seconds of an item, to encode it and to read its features, and bytes of a position.
+
+    A position that a projector makes of several has the features of all of them.
+    """
+
+    encode: float
+    read: float
+    position: float
 
 
 def settle(bench: Workbench, folder: FeatureFolder, file: Path) -> dict[str, Decision]:
@@ -93,37 +107,42 @@ def _decide(
     bench: Workbench, name: str, use: _Use, folder: FeatureFolder | None, measure: bool
 ) -> Decision:
     encoder = bench.encoders[name].encoder
-    size = use.bytes(encoder.width, encoder.dtype.itemsize)
+    position = float(encoder.width * encoder.dtype.itemsize)
     found = Decision(
         cached=True, why="they are read several times", items=len(use.items),
-        reads=round(use.reads), megabytes=round(size / 1e6, 1),
+        reads=round(use.reads), megabytes=round(use.bytes(position) / 1e6, 3),
     )  # fmt: skip
     if use.reads <= len(use.items):
         return replace(found, cached=False, why="each item would be read about once")
-    if folder is not None and not _has_room(bench, name, use, folder):
+    measured = _measure(bench, name, list(use.items.values())) if measure else None
+    if measured is not None:
+        position = measured.position
+        found = replace(
+            found, megabytes=round(use.bytes(position) / 1e6, 3),
+            encode_ms=round(1000 * measured.encode, 3), read_ms=round(1000 * measured.read, 3),
+        )  # fmt: skip
+        if measured.read >= measured.encode:
+            return replace(found, cached=False, why="encoding is quicker than reading")
+    if folder is not None and not _has_room(bench, name, use, folder, position):
         most = bench.config.train.cache_disk_mb
         return replace(
             found, cached=False, why=f"train.cache_disk_mb, {most}, has no room for them"
         )
-    if not measure:
-        return found
-    encode, read = _times(bench, name, list(use.items.values()))
-    found = replace(found, encode_ms=round(1000 * encode, 3), read_ms=round(1000 * read, 3))
-    if read >= encode:
-        return replace(found, cached=False, why="encoding is quicker than reading")
     return found
 
 
-def _has_room(bench: Workbench, name: str, use: _Use, folder: FeatureFolder) -> bool:
+def _has_room(
+    bench: Workbench, name: str, use: _Use, folder: FeatureFolder, position: float
+) -> bool:
     """Whether all features of an encoder fit beside what other runs may still ask for."""
-    cache, encoder = bench.loading.caches[name], bench.encoders[name].encoder
+    cache = bench.loading.caches[name]
     keys: dict[str, Item] = {}
     for item in use.items.values():
         with suppress(DataError):  # a broken row is the loader's to meet
             keys[bench.loading.key(item)] = item
     folder.touch(cache, keys)
     missing = _Use({key: item for key, item in keys.items() if not cache.path(key).is_file()})
-    return folder.make_room(missing.bytes(encoder.width, encoder.dtype.itemsize), keys.keys())
+    return folder.make_room(round(missing.bytes(position)), keys.keys())
 
 
 def _uses(bench: Workbench) -> dict[str, _Use]:
@@ -172,25 +191,29 @@ def _measures(bench: Workbench) -> int:
     return 2 * (1 + changes + options.word_error_rate)
 
 
-def _times(bench: Workbench, name: str, items: Sequence[Item]) -> tuple[float, float]:
-    """Seconds of one item: to decode and encode it, and to write its features and read them."""
+def _measure(bench: Workbench, name: str, items: Sequence[Item]) -> _Measured | None:
+    """Decode and encode a batch, write its features and read them; None where all are broken."""
     loading = bench.loading
     started = time.perf_counter()
-    decoded: list[ItemInputs] = []
+    decoded: list[tuple[Item, ItemInputs]] = []
     for item in items:
         with suppress(DataError):
-            decoded.append(loading.decode(item))
+            decoded.append((item, loading.decode(item)))
         if len(decoded) == BATCH:
             break
     if not decoded:
-        return 0.0, 0.0
-    encoded = loading.encode(name, decoded)
+        return None
+    encoded = loading.encode(name, [inputs for _, inputs in decoded])
     taken = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
         cache = FeatureCache(Path(folder), name, memory_bytes=0)
-        started = time.perf_counter()
+        times = []
         for number, features in enumerate(encoded):
-            cache.put(str(number), features)
-            cache.get(str(number))
-        read = time.perf_counter() - started
-    return taken / len(decoded), read / len(decoded)
+            started = time.perf_counter()
+            cache.put(cache.key(str(number)), features)
+            cache.get(cache.key(str(number)))
+            times.append(time.perf_counter() - started)
+        size = cache.size().disk_bytes - len(encoded) * OVERHEAD
+    positions = sum(item.plan.length for item, _ in decoded)
+    # The median: a neighbour that holds the processor for a moment decides nothing.
+    return _Measured(taken / len(decoded), statistics.median(times), max(1.0, size / positions))

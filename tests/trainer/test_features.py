@@ -40,6 +40,8 @@ def test_features_that_are_read_several_times_are_kept(
     assert found.reads > 24 * 3 + 4 * 4 + 6 * 8
     assert found.encode_ms is not None and found.read_ms is not None
     assert found.encode_ms > found.read_ms > 0
+    # 4 positions of 16 numbers an item, before the projector, and a file's own bytes.
+    assert 62 * 4 * 16 * 4 / 1e6 <= found.megabytes <= 0.1
 
 
 def test_a_short_run_over_many_items_computes_nothing_ahead(
