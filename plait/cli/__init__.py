@@ -1,4 +1,4 @@
-"""The command line: `plait fetch|train|report|sample|preview|plan|info`.
+"""The command line: `plait fetch|info|lint|convert|train|report|plan|preview|sample`.
 
 Each command parses its words and calls one function of a room; a module per group of commands.
 """

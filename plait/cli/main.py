@@ -24,6 +24,9 @@ a first run:
 your own pictures, with a .txt beside each or a captions.csv:
   plait train configs/stamps.yaml --data my-folder --run-dir runs/mine
 
+  plait lint my-folder               every row's problems, without training
+  plait convert my-folder shards     the same rows as WebDataset shards
+
 other media: plait fetch speech, sounds, films or plaited, and the recipe of that name
 """
 
