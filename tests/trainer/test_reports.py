@@ -125,6 +125,18 @@ def test_the_report_shows_the_numbers_of_the_run(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".report*"))
 
 
+def test_several_media_are_worth_what_the_rows_that_hold_them_lose(tmp_path: Path) -> None:
+    gap = {"difference": 0.88, "low": 0.76, "high": 1.01, "count": 172}
+    test = {"nll_matched": 2.73, "nll_shuffled": 3.14, "class_accuracy": None, "shuffled_gap": gap}
+    encoders = {"image": {"name": "lite", "projector": "mlp"}, "audio": {"name": "ear"}}
+    config = {"model": {"language": "pip:llm", "encoders": encoders}}
+    page = Page(write_report(run_folder(tmp_path, metrics(test=test, config=config))))
+    for text in ("0.88", "0.76 to 1.01", "lite + ear → a projector each → llm"):
+        assert text in page.text
+    assert "0.41" not in page.text, "which counts rows without media"
+    assert "Class accuracy" not in page.text, "nobody could measure it"
+
+
 def test_the_report_is_one_file_without_scripts_and_escapes_what_it_is_given(
     tmp_path: Path,
 ) -> None:

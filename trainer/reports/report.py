@@ -96,26 +96,33 @@ def _loss_chart(losses: dict[str, list[Point]], best_step: int | None) -> LineCh
 
 
 def _pipeline(config: Values) -> list[str]:
-    """The model's parts in the order in which a picture goes through them."""
+    """The model's parts in the order in which a medium goes through them."""
     model = config.get("model") or config
     encoders = model.get("encoders") or {}
-    parts = []
-    for encoder in encoders.values() if isinstance(encoders, Mapping) else ():
-        parts += [str(encoder.get("name", "")), f"{encoder.get('projector', '')} projector"]
+    held = list(encoders.values()) if isinstance(encoders, Mapping) else []
+    parts = [" + ".join(str(encoder.get("name", "")) for encoder in held)]
+    if len(held) == 1:
+        parts.append(f"{held[0].get('projector', '')} projector")
+    elif held:
+        parts.append("a projector each")
     language = str(model.get("language") or "").rstrip("/").split("/")[-1].removeprefix("pip:")
     return [part for part in [*parts, language] if part and part != " projector"]
 
 
 def gap(scores: Values) -> float | None:
-    """How much a wrong picture costs: nll with it minus nll with the right one."""
+    """How much worse the rows that hold media are with another's; of all rows where unknown."""
+    exchanged = scores.get("shuffled_gap")
+    if exchanged:
+        return float(exchanged["difference"])
     matched, shuffled = scores.get("nll_matched"), scores.get("nll_shuffled")
     return None if matched is None or shuffled is None else shuffled - matched
 
 
 def _headlines(before: Values, test: Values, medium: str) -> list[Values]:
     matched = before.get("nll_matched"), test.get("nll_matched")
+    first = _first_headline(before, test)
     return [
-        _first_headline(before, test),
+        *([] if first["after"] == DASH else [first]),
         {
             "title": f"Loss with the right {medium}",
             "before": number(matched[0], 2),
@@ -171,7 +178,7 @@ def _rows(before: Values, test: Values, medium: str) -> list[Values]:
         _row(f"nll per token, right {medium}", before, test, "nll_matched", number, lower=True),
         _row(f"nll per token, wrong {medium}", before, test, "nll_shuffled", number),
         {
-            "title": "difference",
+            "title": f"lost with another's {medium}",
             "before": number(gap(before)),
             "after": number(gap(test)),
             "better": _better(gap(before), gap(test), lower=False),
