@@ -160,7 +160,7 @@ def _count(found: Survey, row: _Row) -> None:
     for medium, header in row.headers:
         found.media.setdefault(medium, MediumFacts()).add(header)
     held = sorted({medium for medium, _ in row.headers})
-    texts = [part.text for part in _parts(sample) if isinstance(part, Text)]
+    texts = [part.text for part in sample.every_part() if isinstance(part, Text)]
     found.kinds[" + ".join([*held, *(["text"] if texts else [])])] += 1
     found.characters.append(sum(map(len, texts)))
     found.turns.append(len(sample.messages))
@@ -189,10 +189,6 @@ def _answers(sample: Sample) -> str:
 
 def _text(parts: Sequence[object]) -> str:
     return "".join(part.text for part in parts if isinstance(part, Text))
-
-
-def _parts(sample: Sample) -> list[Any]:
-    return [*sample.parts, *(part for message in sample.messages for part in message.parts)]
 
 
 def _fingerprint(sample: Sample) -> bytes:

@@ -53,7 +53,8 @@ class DatasetConfig:
     """One dataset: where its rows are and how they are read."""
 
     path: str | None = None
-    """A folder of pictures, a .csv or .jsonl file, or `fetched:<name>`."""
+    """A folder of media with texts, a table (.jsonl, .json, .csv, .parquet), WebDataset shards, or
+    `fetched:<name>`."""
 
     name: str | None = None
     """What logs, messages and the ledger call it; the file's or folder's own name by default."""

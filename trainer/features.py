@@ -99,13 +99,37 @@ def decide(
     if mode != "auto":
         return {name: Decision(mode == "always", f"cache_features: {mode}")
                 for name in bench.loading.caches}  # fmt: skip
+    room = None if folder is None else _Room(folder)
     uses = _uses(bench)
-    return {name: _decide(bench, name, use, folder, measure) for name, use in uses.items()}
+    return {name: _decide(bench, name, use, room, measure) for name, use in uses.items()}
 
 
-def _decide(
-    bench: Workbench, name: str, use: _Use, folder: FeatureFolder | None, measure: bool
-) -> Decision:
+@dataclass(slots=True)
+class _Room:
+    """The folder, and what the encoders that were decided on before will take of it."""
+
+    folder: FeatureFolder
+    keys: set[str] = field(default_factory=set)
+    promised: float = 0.0
+
+    def take(self, bench: Workbench, name: str, use: _Use, position: float) -> bool:
+        """Whether all features of an encoder fit beside what else must stay; then they will."""
+        cache = bench.loading.caches[name]
+        items: dict[str, Item] = {}
+        for item in use.items.values():
+            with suppress(DataError):  # a broken row is the loader's to meet
+                items[bench.loading.key(item)] = item
+        self.folder.touch(cache, items)
+        missing = _Use({key: item for key, item in items.items() if not cache.path(key).is_file()})
+        needed = self.promised + missing.bytes(position)
+        if not self.folder.make_room(round(needed), self.keys | items.keys()):
+            return False
+        self.keys |= items.keys()
+        self.promised = needed
+        return True
+
+
+def _decide(bench: Workbench, name: str, use: _Use, room: _Room | None, measure: bool) -> Decision:
     encoder = bench.encoders[name].encoder
     position = float(encoder.width * encoder.dtype.itemsize)
     found = Decision(
@@ -123,26 +147,12 @@ def _decide(
         )  # fmt: skip
         if measured.read >= measured.encode:
             return replace(found, cached=False, why="encoding is quicker than reading")
-    if folder is not None and not _has_room(bench, name, use, folder, position):
+    if room is not None and not room.take(bench, name, use, position):
         most = bench.config.train.cache_disk_mb
         return replace(
             found, cached=False, why=f"train.cache_disk_mb, {most}, has no room for them"
         )
     return found
-
-
-def _has_room(
-    bench: Workbench, name: str, use: _Use, folder: FeatureFolder, position: float
-) -> bool:
-    """Whether all features of an encoder fit beside what other runs may still ask for."""
-    cache = bench.loading.caches[name]
-    keys: dict[str, Item] = {}
-    for item in use.items.values():
-        with suppress(DataError):  # a broken row is the loader's to meet
-            keys[bench.loading.key(item)] = item
-    folder.touch(cache, keys)
-    missing = _Use({key: item for key, item in keys.items() if not cache.path(key).is_file()})
-    return folder.make_room(round(missing.bytes(position)), keys.keys())
 
 
 def _uses(bench: Workbench) -> dict[str, _Use]:

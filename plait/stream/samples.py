@@ -38,7 +38,10 @@ class Sample:
     group: int | None = None
     label: str = ""
 
+    def every_part(self) -> tuple[Part, ...]:
+        """Texts and media, of all turns, in the order in which they are read."""
+        return self.parts + tuple(part for message in self.messages for part in message.parts)
+
     def media(self) -> tuple[MediaPart, ...]:
         """The pictures, sounds and films in the order in which they are read."""
-        held = self.parts + tuple(part for message in self.messages for part in message.parts)
-        return tuple(part for part in held if isinstance(part, MediaPart))
+        return tuple(part for part in self.every_part() if isinstance(part, MediaPart))

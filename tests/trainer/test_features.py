@@ -1,6 +1,7 @@
 """Whether features are kept: decided once by what a run needs, written down, and gone by."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from plait.encoders.feature_folder import FeatureFolder
 from plait.trainer.build import build
 from plait.trainer.config import RunConfig, config_from
 from plait.trainer.data import open_data
-from plait.trainer.features import Decision, decide
+from plait.trainer.features import Decision, _Room, _Use, _uses, decide
 from plait.trainer.run import train
 from plait.trainer.workbench import Workbench
 
@@ -102,3 +103,18 @@ def _stopped(*_: Any) -> Any:
 
 def _asked_again(*_: Any) -> Any:
     raise AssertionError("a run decides once")
+
+
+def test_the_encoders_of_a_run_share_the_room(
+    tiny_values: dict[str, Any], tmp_path: Path, private_home: Path
+) -> None:
+    config = recipe(tiny_values, tmp_path)
+    bench = Workbench(config, build(config.model, config.seed), open_data(config.data))
+    (use,) = _uses(bench).values()
+    size = round(use.bytes(64.0))
+    with FeatureFolder(private_home / "features", round(1.5 * size)) as folder:
+        room = _Room(folder)
+        assert room.take(bench, "hf_vision", use, 64.0)
+        other = _Use({key: replace(item, view=9) for key, item in use.items.items()})
+        assert not room.take(bench, "hf_vision", other, 64.0), "each alone would fit"
+        assert room.promised == size

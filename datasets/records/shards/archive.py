@@ -86,9 +86,9 @@ class Archive:
             opened: Any = _Tar.open(fileobj=self._file, mode=mode, tarinfo=_Header)  # type: ignore[call-overload]
             archive: _Tar = opened
         except _BROKEN as error:
+            rule = "a tar file" if self._keep else "a tar file that is not compressed"
             raise DataError(
-                f"a shard must be a tar file that is not compressed; this one cannot be read: "
-                f"{error}; mend or unpack it"
+                f"a shard must be {rule}; this one cannot be read: {error}; mend or replace it"
             ) from error
         entry: Entry | None = None
         for info in self._headers(archive):

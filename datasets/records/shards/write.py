@@ -28,7 +28,7 @@ from plait.datasets.records.shards.rows import files_of
 from plait.datasets.records.shards.table import ShardTable
 from plait.datasets.records.shards.verify import check_copy
 from plait.errors import ConfigError, DataError, Origin
-from plait.modalities import FileSlice, Limits, Part, Text
+from plait.modalities import FileSlice, Limits, Text
 from plait.stream import Sample
 
 SHARD_BYTES = 256_000_000
@@ -223,7 +223,9 @@ def _are_captions(records: Records) -> bool:
 
 
 def _described(samples: Sequence[Sample], limits: Limits, decoder: Decoder) -> Described:
-    texts = [part.text for sample in samples for part in _parts(sample) if isinstance(part, Text)]
+    texts = [
+        part.text for sample in samples for part in sample.every_part() if isinstance(part, Text)
+    ]
     headers = {}
     for part in (part for sample in samples for part in sample.media()):
         source = getattr(part, "source", None)
@@ -233,7 +235,3 @@ def _described(samples: Sequence[Sample], limits: Limits, decoder: Decoder) -> D
             header: Any = decoder.header(part, limits)
             headers[key] = [*key, part.medium, asdict(header)]
     return Described(sum(map(len, texts)), json.dumps(list(headers.values())) if headers else "")
-
-
-def _parts(sample: Sample) -> tuple[Part, ...]:
-    return sample.parts + tuple(part for message in sample.messages for part in message.parts)
