@@ -15,12 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.step_rows import PICTURE, Batch, Row
 from plait.datasets.packing import Unit, best_fit
+from plait.encoders import attention
 from plait.encoders.base import Encoder, Grid
 from plait.encoders.media_encoder import MediaEncoder
 from plait.encoders.projectors import KeepGrid, create_projector
 from plait.modalities import Image
 from plait.stream import Document, Encoded, Item, ItemInputs, ItemPlan, Span, pack
-from plait.trainer import attention
 from plait.trainer.lora import add_lora
 from plait.trainer.model import PlaitModel
 from plait.trainer.spec import LoraSpec

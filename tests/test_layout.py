@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "stream": {"errors", "modalities"},
     "types": {"errors", "ranges", "modalities"},
     "datasets": {"errors", "modalities", "stream"},
-    "encoders": {"errors", "ranges", "modalities", "stream", "datasets"},
+    "encoders": {"errors", "ranges", "kernels", "modalities", "stream", "datasets"},
     "trainer": {"errors", "ranges", "kernels", "modalities", "stream", "datasets", "encoders"},
     "client": {
         "errors",

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from plait.encoders import projectors, registry, weights
+from plait.encoders import attention, projectors, registry, weights
 from plait.encoders.layouts.plain import PlainLayout
 from plait.encoders.media_encoder import MediaEncoder
 from plait.encoders.quiet import without_loading_bars
 from plait.errors import ConfigError, ModelError
 from plait.modalities import Limits
 from plait.stream import Layout
-from plait.trainer import attention, checks
+from plait.trainer import checks
 from plait.trainer.lora import add_lora
 from plait.trainer.model import PlaitModel
 from plait.trainer.spec import TOWER_PARTS, EncoderSpec, ModelSpec
@@ -44,6 +44,9 @@ class Built:
 
     packing_difference: float = 0.0
     """How far packing changes this model's gradients, relatively; see `checks`."""
+
+    packing_refusal: str | None = None
+    """What this model says where it refuses a packed row."""
 
 
 def build(

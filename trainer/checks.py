@@ -1,14 +1,15 @@
 """Checked when a model is built: it computes what transformers does, packed or not."""
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from plait.encoders import attention
 from plait.errors import ModelError
 from plait.stream import Document, IntArray, Layout, pack
-from plait.trainer import attention
 from plait.trainer.model import PlaitModel
 
 if TYPE_CHECKING:
@@ -79,7 +80,12 @@ def packing_difference(built: "Built", seed: int = 0) -> float:
 
 def check_packing(built: "Built") -> tuple[bool, float]:
     """Whether this model may be packed, and the difference found; switches packing off if not."""
-    difference = packing_difference(built)
+    try:
+        difference = packing_difference(built)
+    except (ValueError, NotImplementedError) as error:
+        # Layers that are not attention are told where documents begin; some say that they can
+        # only keep them apart with kernels that are not installed here.
+        built.packing_refusal, difference = str(error), math.inf
     allowed = TOLERANCE[built.model.output_weight.dtype]
     built.model.packs = difference <= allowed
     built.packing_difference = difference
@@ -90,6 +96,11 @@ def packing_warning(built: "Built") -> str | None:
     """What to tell the user where this model cannot be packed."""
     if built.model.packs:
         return None
+    if built.packing_refusal is not None:
+        return (
+            f"this model cannot read several documents in one row ({built.packing_refusal}); "
+            "documents run one by one"
+        )
     return (
         f"packing changes this model's gradients by {built.packing_difference:.1e}; documents run "
         "one by one"

@@ -20,7 +20,10 @@ def cross_entropy(logprobs: Tensor, weights: Tensor, inputs: Mapping[str, Tensor
     return -logprobs * weights
 
 
-LOSSES: dict[str, LossFunction] = {"cross_entropy": cross_entropy}
+WEIGHTED_NLL = "cross_entropy"
+"""The loss that is linear in logprobs, so that its gradient needs no second look at the logits."""
+
+LOSSES: dict[str, LossFunction] = {WEIGHTED_NLL: cross_entropy}
 
 
 def loss_named(name: str) -> LossFunction:

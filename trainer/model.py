@@ -6,7 +6,7 @@ drive this one module; neither wraps the other.
 Shape letters: T positions of a stream, P positions that are learned, H hidden size.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from plait.encoders.media_encoder import MediaEncoder
 from plait.errors import ModelError
 from plait.kernels.interval_attention import Intervals
-from plait.kernels.token_logprobs import token_logprobs
+from plait.kernels.token_logprobs import token_logprobs, weighted_nll
 from plait.stream import TokenStream
-from plait.trainer.losses import loss_named
+from plait.trainer.losses import WEIGHTED_NLL, loss_named
 from plait.trainer.spec import TOWER_PARTS
 
 
@@ -51,6 +51,9 @@ class PlaitModel(nn.Module):
         self.encoders = nn.ModuleDict(encoders)
         self.packs = True
         """False where packing would change results; each document then runs alone."""
+        self.attention_route = "auto"
+        """How the language model's attention is computed: "auto" or a name in
+        `plait.kernels.interval_attention.ROUTES`."""
         self._softcap = _output_softcap(language.config)
         _refuse_chunks(language.config)
 
@@ -116,6 +119,7 @@ class PlaitModel(nn.Module):
         rows, deeper, touched = self.embed(stream)
         if self.packs or cache is not None or len(stream.bounds) == 1:
             visible = visible or Intervals(*stream.visible)
+            deeper |= _document_bounds(stream.bounds, self.device)
             return self._decode(rows, stream.positions, visible, deeper, cache), touched
         if deeper:
             raise ModelError("a model with deeper media layers must pack; its packing check failed")
@@ -131,24 +135,26 @@ class PlaitModel(nn.Module):
         rows: Tensor,
         positions: Tensor,
         visible: Intervals,
-        deeper: dict[str, Any],
+        keywords: dict[str, Any],
         cache: Any,
     ) -> Tensor:
         positions = positions.to(self.device)
+        visible.route = self.attention_route
         output: Tensor = self.decoder(
             inputs_embeds=rows[None],
             position_ids=positions[None] if positions.ndim == 1 else positions[:, None],
             past_key_values=cache,
             use_cache=cache is not None,
-            visible=visible,
-            **deeper,
+            visible=visible.to(self.device),
+            **keywords,
         ).last_hidden_state[0]
         return output
 
     def logprobs_at(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """hidden (P, H), targets (P,) -> logprobs (P,) in float32."""
         weight = self.output_weight
-        return token_logprobs(hidden.to(weight.dtype), weight, targets, softcap=self._softcap)
+        hidden = hidden.to(weight.dtype)
+        return token_logprobs(hidden, weight, targets, softcap=self._softcap).logprobs
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(P, H) -> (P, V) in float32; for the few positions that are sampled from."""
@@ -167,12 +173,9 @@ class PlaitModel(nn.Module):
         if everywhere:  # the last position of a media item may be learned: it predicts a text
             chosen |= ~stream.is_media
         index = chosen.nonzero()[:, 0]
-        targets = stream.targets[index].to(self.device)
-        logprobs = self.logprobs_at(hidden[index.to(self.device)], targets)
-        weights = stream.weights[index].to(logprobs)
-        losses = self._losses(stream, index, logprobs, weights)
+        loss, losses, logprobs = self._losses(stream, index, hidden[index.to(self.device)])
         return Sums(
-            loss=losses.sum() + touched,
+            loss=loss + touched,
             weight=float(stream.weights.double().sum()),
             logprobs=logprobs.detach(),
             index=index,
@@ -180,6 +183,25 @@ class PlaitModel(nn.Module):
         )
 
     def _losses(
+        self, stream: TokenStream, index: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum of losses at `index` (P,) with hidden states (P, H), each of them, the logprobs.
+
+        Where all are weighted nll, their gradient is known as soon as the logits are.
+        """
+        targets = stream.targets[index].to(self.device)
+        weights = stream.weights[index].to(self.device, torch.float32)
+        if set(stream.loss) <= {WEIGHTED_NLL}:
+            head = self.output_weight
+            total, logprobs = weighted_nll(
+                hidden.to(head.dtype), head, targets, weights, softcap=self._softcap
+            )
+            return total, -logprobs * weights, logprobs
+        logprobs = self.logprobs_at(hidden, targets)
+        losses = self._losses_by_name(stream, index, logprobs, weights)
+        return losses.sum(), losses, logprobs
+
+    def _losses_by_name(
         self, stream: TokenStream, index: Tensor, logprobs: Tensor, weights: Tensor
     ) -> Tensor:
         document = torch.zeros(stream.length, dtype=torch.long)
@@ -219,6 +241,26 @@ def _deeper_layers(
     return {
         "visual_pos_masks": stream.is_media[None].to(source.device),
         "deepstack_visual_embeds": stacked,
+    }
+
+
+def _document_bounds(bounds: Sequence[tuple[int, int]], device: torch.device) -> dict[str, Any]:
+    """Where documents begin, for layers that are not attention and read transformers' keywords.
+
+    A family whose layers read none of them mixes documents; the packing check finds it.
+    """
+    if len(bounds) == 1:
+        return {}
+    lengths = torch.tensor([stop - start for start, stop in bounds])
+    ends = torch.tensor([0, *(stop for _, stop in bounds)], dtype=torch.int32, device=device)
+    number = torch.arange(len(bounds), dtype=torch.int32).repeat_interleave(lengths)
+    longest = int(lengths.max())
+    return {
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "seq_idx": number[None].to(device),
     }
 
 

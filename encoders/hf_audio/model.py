@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoFeatureExtractor, HubertModel, Wav2Vec2Model, WavLMModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from plait.encoders.attention import prepare_tower
 from plait.encoders.checkpoint import SAFE, reading_checkpoint
 from plait.encoders.hf_audio.tower import Tower
 from plait.encoders.hf_audio.waveform import WaveformTower
@@ -23,19 +24,21 @@ class Family:
     """How transformers' model of a family is read.
 
     `names` maps names of weights, as regular expressions, to those of `model`, for a tower that
-    is only a part of the checkpoint.
+    is only a part of the checkpoint. `own_attention` says that transformers lets nobody replace
+    its attention (WavLM adds a bias to scores that no other family has).
     """
 
     model: Any
     tower: Callable[[Any, Any, Any], Tower]
     names: dict[str, str] | None = None
+    own_attention: bool = False
 
 
 FAMILIES = {
     "whisper": Family(WhisperEncoder, WhisperTower, {r"^(model\.)?encoder\.": ""}),
     "wav2vec2": Family(Wav2Vec2Model, WaveformTower),
     "hubert": Family(HubertModel, WaveformTower),
-    "wavlm": Family(WavLMModel, WaveformTower),
+    "wavlm": Family(WavLMModel, WaveformTower, own_attention=True),
 }
 
 
@@ -57,6 +60,7 @@ def load_tower(folder: Path, layer: int, dtype: torch.dtype) -> Tower:
         extractor = extractors.from_pretrained(folder, **SAFE)
         # Layers that are skipped at random would leave parameters without gradients.
         config.layerdrop = config.encoder_layerdrop = 0.0
+        options = {} if family.own_attention else prepare_tower(config)
         model, report = family.model.from_pretrained(
             folder,
             config=config,
@@ -64,6 +68,7 @@ def load_tower(folder: Path, layer: int, dtype: torch.dtype) -> Tower:
             key_mapping=family.names,
             use_safetensors=True,
             output_loading_info=True,
+            **options,
             **SAFE,
         )
     absent = sorted(set(report["missing_keys"]) - {"masked_spec_embed"})

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from plait.encoders.attention import attending, stretches
 from plait.encoders.hf_audio.tower import Tower, padding_mask
 from plait.errors import ConfigError
 
@@ -71,8 +72,10 @@ class WaveformTower(Tower):
             # HuBERT returns the projection alone, the others also what entered it.
             hidden.extend(projected[0] if isinstance(projected, tuple) else projected)
         lengths = [len(item) for item in hidden]
-        mask = padding_mask(lengths, hidden[0].device)
-        made = self.encoder(pad_sequence(hidden, batch_first=True), attention_mask=mask)
+        mask = padding_mask(lengths, hidden[0].device)  # what is padding becomes 0 there
+        rows = pad_sequence(hidden, batch_first=True)
+        with attending(stretches(lengths, rows.shape[1], rows.device)):
+            made = self.encoder(rows, attention_mask=mask)
         return [item[:length] for item, length in zip(made.last_hidden_state, lengths, strict=True)]
 
     @property

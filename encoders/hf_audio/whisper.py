@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from plait.encoders.hf_audio.tower import Tower, padding_mask
+from plait.encoders.attention import attending, packed
+from plait.encoders.hf_audio.tower import Tower
 from plait.errors import ConfigError
 
 _FRAMES = 2
@@ -69,20 +71,22 @@ class WhisperTower(Tower):
         return rows // _FRAMES
 
     def encode(self, windows: Sequence[Tensor]) -> list[Tensor]:
-        """B windows (F, M), padded: no frame of padding reaches a position that is kept.
+        """B windows (F, M); the convolutions read them padded, the layers one behind another.
 
-        Position p reads frames 2p - 2 to 2p + 2, and a window brings them all.
+        No frame of padding reaches a position that is kept: position p reads frames 2p - 2 to
+        2p + 2, and a window brings them all.
         """
         lengths = [self.prepared_positions(len(window)) for window in windows]
         mel = pad_sequence(list(windows), batch_first=True).transpose(1, 2)
         hidden = F.gelu(self.conv2(F.gelu(self.conv1(mel))))[:, :, : max(lengths)].transpose(1, 2)
         positions: Any = self.embed_positions
         hidden = F.dropout(hidden + positions[: max(lengths)], self.dropout, self.training)
-        mask = padding_mask(lengths, hidden.device)
-        visible = None if mask is None else mask[:, None, None, :]
-        for layer in self.layers:
-            hidden = layer(hidden, visible)
-        return [item[:length] for item, length in zip(self.norm(hidden), lengths, strict=True)]
+        kept = [item[:length] for item, length in zip(hidden, lengths, strict=True)]
+        row = torch.cat(kept)[None]
+        with attending(packed(lengths, row.device)):
+            for layer in self.layers:
+                row = layer(row, None)
+        return list(self.norm(row)[0].split(lengths))
 
     @property
     def depth(self) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from plait.encoders.attention import EVERYTHING, attending
 from plait.encoders.base import Encoder, Grid, Inputs, weights_folder
 from plait.encoders.hf_video.model import load_tower
 from plait.encoders.hf_vision.encoder import DTYPES
@@ -77,7 +78,8 @@ class HfVideo(Encoder):
 
     def forward(self, inputs: Sequence[Inputs]) -> list[Encoded]:
         pixels = torch.stack([item["pixels"] for item in inputs]).to(self.device, self.dtype)
-        hidden = self.model(pixel_values=pixels).last_hidden_state
+        with attending(EVERYTHING):
+            hidden = self.model(pixel_values=pixels).last_hidden_state
         return [
             Encoded(rows, (), self.grid, tuple(item["seconds"].tolist()))
             for rows, item in zip(hidden, inputs, strict=True)

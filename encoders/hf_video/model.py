@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
+from plait.encoders.attention import prepare_tower
 from plait.encoders.checkpoint import SAFE, reading_checkpoint
 from plait.encoders.hf_vision.sizes import check_plannable, processed_size
 from plait.errors import ConfigError, UnknownNameError
@@ -45,7 +46,13 @@ def load_tower(folder: Path, dtype: torch.dtype) -> Tower:
         processors: Any = AutoImageProcessor
         processor = processors.from_pretrained(folder, **SAFE)
         model, report = AutoModel.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **SAFE
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **prepare_tower(config),
+            **SAFE,
         )
     if report["missing_keys"]:
         raise ConfigError(

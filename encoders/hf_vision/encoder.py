@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from plait.encoders.attention import EVERYTHING, attending, stretches
 from plait.encoders.base import Encoder, Grid, Inputs, weights_folder
 from plait.encoders.hf_vision.model import load_tower
 from plait.encoders.hf_vision.sizes import check_plannable, processed_size
@@ -98,26 +99,27 @@ class HfVision(Encoder):
         options = {}
         if self.family.resizes and (height, width) != self.trained_size:
             options["interpolate_pos_encoding"] = True
-        hidden = self.model(pixel_values=pixels, **options).last_hidden_state
+        with attending(EVERYTHING):
+            hidden = self.model(pixel_values=pixels, **options).last_hidden_state
         grid = (1, height // self.patch_size[0], width // self.patch_size[1])
         return [Encoded(item, grid=grid) for item in hidden[:, self.extra_tokens :]]
 
     def _encode_patches(self, inputs: Sequence[Inputs]) -> list[Encoded]:
-        """Items of (P, D) patches, padded to the longest and masked."""
+        """Items of (P, D) patches, padded to the longest; each sees itself."""
         patches = pad_sequence([item["patches"] for item in inputs], batch_first=True)
-        lengths = torch.tensor([len(item["patches"]) for item in inputs])
-        mask = torch.arange(patches.shape[1]) < lengths[:, None]
+        lengths = [len(item["patches"]) for item in inputs]
+        longest = patches.shape[1]
+        mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
         shapes = torch.stack([item["shape"] for item in inputs])
-        hidden = self.model(
-            pixel_values=patches.to(self.device, self.dtype),
-            pixel_attention_mask=mask.to(self.device),
-            spatial_shapes=shapes.to(self.device),
-        ).last_hidden_state
+        with attending(stretches(lengths, longest, self.device)):
+            hidden = self.model(
+                pixel_values=patches.to(self.device, self.dtype),
+                pixel_attention_mask=mask.to(self.device),
+                spatial_shapes=shapes.to(self.device),
+            ).last_hidden_state
         return [
             Encoded(item[:length], grid=(1, rows, columns))
-            for item, length, (rows, columns) in zip(
-                hidden, lengths.tolist(), shapes.tolist(), strict=True
-            )
+            for item, length, (rows, columns) in zip(hidden, lengths, shapes.tolist(), strict=True)
         ]
 
     def processing(self) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
+from plait.encoders.attention import prepare_tower
 from plait.encoders.checkpoint import SAFE, reading_checkpoint
 from plait.errors import ConfigError, UnknownNameError
 
@@ -76,6 +77,7 @@ def load_tower(folder: Path, layer: int, dtype: torch.dtype) -> Tower:
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
+            **prepare_tower(config),
             **SAFE,
         )
     family = FAMILIES[config.model_type]

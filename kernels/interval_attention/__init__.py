@@ -1,6 +1,7 @@
 """Attention in which every query sees one contiguous interval of keys."""
 
-from plait.kernels.interval_attention.cpu import interval_attention
 from plait.kernels.interval_attention.intervals import Intervals
+from plait.kernels.interval_attention.merging import merge
+from plait.kernels.interval_attention.routes import ROUTES, interval_attention
 
-__all__ = ["Intervals", "interval_attention"]
+__all__ = ["ROUTES", "Intervals", "interval_attention", "merge"]

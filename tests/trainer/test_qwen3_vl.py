@@ -20,6 +20,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from plait.encoders import attention
 from plait.encoders.layouts.qwen3_vl import Qwen3VLLayout
 from plait.encoders.media_encoder import MediaEncoder
 from plait.encoders.projectors import create_pool, create_projector
@@ -35,7 +36,6 @@ from plait.stream import (
     pack,
     render,
 )
-from plait.trainer import attention
 from plait.trainer.model import PlaitModel
 from plait.trainer.sampling.continuation import Continuation
 from plait.trainer.sampling.sampler import SamplerSettings, generate

@@ -1,0 +1,1 @@
+"""What the Triton kernels become on a Hopper chip, seen without one."""

@@ -1,0 +1,135 @@
+"""Which implementation computes an attention, in one place.
+
+`ROUTES` holds them by name, the preferred ones first. "auto" takes the first that can; a name
+forces one, or says why it cannot. Routes are looked up at the call, so that Triton is imported
+only where a GPU is used.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from plait.kernels.interval_attention import cpu, naive
+from plait.kernels.interval_attention.intervals import Intervals
+
+
+class Call(NamedTuple):
+    """One attention: q (H, T, D), k and v (G, S, D)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    intervals: Intervals
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+class Route(NamedTuple):
+    """A way to compute a `Call`: why it cannot (None where it can), and the computation."""
+
+    refusal: Callable[[Call], str | None]
+    run: Callable[[Call], tuple[Tensor, Tensor]]
+    chosen: bool = True
+    """Whether "auto" may take it."""
+
+
+def interval_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    intervals: Intervals,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    route: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """q (H, T, D), k and v (G, S, D) -> out (H, T, D) and lse (H, T) in float32.
+
+    Both are differentiable, and the same bits at every repetition.
+
+    Args:
+        scale: Factor on the scores; 1/sqrt(D) by default.
+        window: Sliding window in keys, the query's own included.
+        softcap: Scores s become softcap * tanh(s / softcap), as in Gemma 2.
+        route: A name in `ROUTES`, or "auto"; that of the intervals by default.
+
+    Raises:
+        ValueError: shapes that do not fit, or a forced route that cannot compute this.
+    """
+    _check(q, k, v, intervals)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    call = Call(q, k, v, intervals.to(q.device), scale, window, softcap)
+    return ROUTES[choose(call, route or intervals.route)].run(call)
+
+
+def choose(call: Call, route: str) -> str:
+    """The name of the route that computes `call`.
+
+    Raises:
+        ValueError: `route` is no route, or cannot compute this.
+    """
+    if route == "auto":
+        return next(name for name, r in ROUTES.items() if r.chosen and r.refusal(call) is None)
+    if route not in ROUTES:
+        raise ValueError(f"an attention route is one of auto, {', '.join(ROUTES)}; got {route!r}")
+    refusal = ROUTES[route].refusal(call)
+    if refusal is not None:
+        raise ValueError(f"attention cannot take the route {route!r}: {refusal}; use auto")
+    return route
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals) -> None:
+    fits = q.ndim == k.ndim == 3 and k.shape == v.shape and q.shape[2] == k.shape[2]
+    if not fits or q.shape[0] % k.shape[0] or q.shape[1] != intervals.length:
+        raise ValueError(
+            "attention needs q (H, T, D), k and v (G, S, D), H a multiple of G, and T intervals; "
+            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} and "
+            f"{intervals.length} intervals"
+        )
+
+
+def _cpu_refusal(call: Call) -> str | None:
+    if call.q.device.type == "cpu":
+        return None
+    return f"its tensors are on {call.q.device}"
+
+
+def _triton_refusal(call: Call) -> str | None:
+    from plait.kernels.interval_attention import triton
+
+    return triton.refusal(call.q)
+
+
+def _triton(call: Call) -> tuple[Tensor, Tensor]:
+    from plait.kernels.interval_attention import triton
+
+    return triton.interval_attention(*call)
+
+
+def _flash_refusal(call: Call) -> str | None:
+    from plait.kernels.interval_attention import flash
+
+    return flash.refusal(call.q, call.k, call.intervals, call.window, call.softcap)
+
+
+def _flash(call: Call) -> tuple[Tensor, Tensor]:
+    from plait.kernels.interval_attention import flash
+
+    return flash.interval_attention(call.q, call.k, call.v, call.intervals, call.scale, call.window)
+
+
+def _naive(call: Call) -> tuple[Tensor, Tensor]:
+    lo, hi = call.intervals.bounds(call.window)
+    out, lse = naive.interval_attention(call.q, call.k, call.v, lo, hi, call.scale, call.softcap)
+    return out.to(call.q.dtype), lse.float()
+
+
+ROUTES = {
+    "cpu": Route(_cpu_refusal, lambda call: cpu.interval_attention(*call)),
+    "triton": Route(_triton_refusal, _triton),
+    "flash": Route(_flash_refusal, _flash, chosen=False),
+    "naive": Route(lambda _: None, _naive),
+}

@@ -1,0 +1,261 @@
+"""Interval attention on a GPU: launches of its kernels, and their tile sizes.
+
+Shape letters: H query heads, G key heads, T queries, S keys, D head size, B blocks.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from plait.kernels.interval_attention.intervals import BlockMap, Intervals
+from plait.kernels.interval_attention.triton_backward import backward_keys, backward_queries, delta
+from plait.kernels.interval_attention.triton_forward import forward
+from plait.kernels.interval_attention.triton_tiles import INTERPRETED
+
+LOG2E = 1.4426950408889634
+LARGEST_HEAD = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Tiles(NamedTuple):
+    """Queries and keys of a block, and the warps and pipeline stages of its program."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Plan(NamedTuple):
+    """The tiles of the three kernels."""
+
+    forward: Tiles
+    keys: Tiles
+    """Of the gradients of keys and values."""
+    queries: Tiles
+    """Of the gradient of queries."""
+
+
+_HALF = {
+    64: Plan(Tiles(128, 128, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 3)),
+    128: Plan(Tiles(128, 64, 8, 3), Tiles(32, 128, 8, 2), Tiles(128, 64, 8, 2)),
+    256: Plan(Tiles(64, 64, 8, 2), Tiles(16, 64, 8, 2), Tiles(64, 32, 8, 2)),
+}
+"""For chips with 227 KB of shared memory (Hopper and later) and halves, by padded head size. No
+tuning at run time: results and compile times stay the same from run to run. Chosen as the largest
+that spill no register."""
+
+_CAPPED_KEYS = {64: Tiles(32, 128, 8, 2), 128: Tiles(16, 128, 8, 2), 256: Tiles(16, 32, 8, 2)}
+"""A cap on scores keeps its slope in registers as well."""
+
+_SINGLE = {
+    64: Plan(Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 1), Tiles(64, 32, 8, 2)),
+    128: Plan(Tiles(16, 32, 8, 2), Tiles(16, 32, 8, 2), Tiles(16, 32, 8, 2)),
+    256: Plan(Tiles(16, 16, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
+}
+"""The same for float32."""
+
+_SMALL = {
+    64: Plan(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
+    128: Plan(Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1)),
+    256: Plan(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+}
+"""For every other chip."""
+
+
+def plan_for(q: Tensor, softcap: float | None) -> Plan:
+    """The tiles for q (H, T, D) on the chip it is on."""
+    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) >= (9, 0):
+        return hopper_plan(q.shape[-1], q.dtype, softcap is not None)
+    return _SMALL[_padded(q.shape[-1])]
+
+
+def hopper_plan(size: int, dtype: torch.dtype, capped: bool) -> Plan:
+    """The tiles for heads of `size` where there is as much shared memory as on Hopper."""
+    if dtype == torch.float32:
+        return _SINGLE[_padded(size)]
+    plan = _HALF[_padded(size)]
+    return plan._replace(keys=_CAPPED_KEYS[_padded(size)]) if capped else plan
+
+
+def _padded(size: int) -> int:
+    """The head size that the tables know."""
+    return max(64, int(triton.next_power_of_2(size)))
+
+
+def refusal(q: Tensor) -> str | None:
+    """Why these kernels cannot read `q` (H, T, D); None where they can."""
+    if q.device.type != "cuda" and not INTERPRETED:
+        return f"its tensors are on {q.device}, and Triton needs a GPU"
+    if q.shape[-1] > LARGEST_HEAD:
+        return f"heads have {q.shape[-1]} values, and it reads {LARGEST_HEAD} at most"
+    if q.dtype not in DTYPES:
+        return f"it does not read {q.dtype}"
+    return None
+
+
+def interval_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    intervals: Intervals,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """q (H, T, D), k and v (G, S, D) -> out (H, T, D) and lse (H, T) in float32."""
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    out, lse = _IntervalAttention.apply(q, k, v, intervals, scale, window, softcap)
+    return out, lse
+
+
+class _IntervalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        intervals: Intervals,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        heads, length, size = q.shape
+        plan = plan_for(q, softcap)
+        lo, hi = intervals.bounds(window)
+        lo, hi = lo.to(torch.int32), hi.to(torch.int32)
+        # Heads lie inside positions, as transformers wants them back.
+        out = q.new_empty(length, heads, size).transpose(0, 1)
+        lse = q.new_empty(heads, length, dtype=torch.float32)
+        tiles = plan.forward
+        blocks = intervals.block_map(window, k.shape[1], tiles.queries, tiles.keys)
+        if heads * length:
+            forward[(len(blocks.queries), heads)](
+                q, k, v, out, lse, lo, hi, blocks.queries,
+                *_strides(q, k, v, out), length, k.shape[1],
+                *_factors(scale, softcap)[1:],
+                **_constants(q, k, softcap, tiles),
+            )  # fmt: skip
+        ctx.save_for_backward(q, k, v, out, lse, lo, hi)
+        ctx.intervals, ctx.options = intervals, (scale, window, softcap)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, lo, hi = ctx.saved_tensors
+        grad_out, grad_lse = grads
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        if grad_out.stride(-1) != 1:
+            grad_out = grad_out.contiguous()
+        deltas = _delta(grad_out, out, grad_lse)
+        run = _Backward(q, k, v, grad_out, lse, deltas, lo, hi, ctx.intervals, *ctx.options)
+        d_q, (d_k, d_v) = run.queries(), run.keys()
+        return d_q, d_k, d_v, None, None, None, None
+
+
+def _delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """(H, T) float32: what each row's softmax subtracts from the gradients of its weights."""
+    heads, length, size = out.shape
+    found = torch.empty(heads, length, dtype=torch.float32, device=out.device)
+    if heads * length == 0:
+        return found
+    block = 64
+    delta[(triton.cdiv(length, block), heads)](
+        grad_out, out, found if grad_lse is None else grad_lse.contiguous(), found,
+        grad_out.stride(0), grad_out.stride(1), out.stride(0), out.stride(1), length,
+        size=size, padded=triton.next_power_of_2(size), block=block,
+        with_lse=grad_lse is not None,
+    )  # fmt: skip
+    return found
+
+
+class _Backward(NamedTuple):
+    """What the two kernels of the backward pass read."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad_out: Tensor
+    lse: Tensor
+    deltas: Tensor
+    lo: Tensor
+    hi: Tensor
+    intervals: Intervals
+    scale: float
+    window: int | None
+    softcap: float | None
+
+    def queries(self) -> Tensor:
+        """The gradient of q (H, T, D)."""
+        tiles = plan_for(self.q, self.softcap).queries
+        made = torch.empty_like(self.q)
+        blocks = self._blocks(tiles).queries
+        if made.numel():
+            self._launch(backward_queries, (len(blocks), len(self.q)), blocks, tiles, made)
+        return made
+
+    def keys(self) -> tuple[Tensor, Tensor]:
+        """The gradients of k and v (G, S, D)."""
+        tiles = plan_for(self.q, self.softcap).keys
+        made = torch.empty_like(self.k), torch.empty_like(self.v)
+        blocks = self._blocks(tiles).keys
+        if made[0].numel():
+            grid = (len(blocks), len(self.k))
+            self._launch(backward_keys, grid, blocks, tiles, *made)
+        return made
+
+    def _blocks(self, tiles: Tiles) -> BlockMap:
+        keys = self.k.shape[1]
+        return self.intervals.block_map(self.window, keys, tiles.queries, tiles.keys)
+
+    def _launch(
+        self, kernel: Any, grid: tuple[int, int], blocks: Tensor, tiles: Tiles, *made: Tensor
+    ) -> None:
+        kernel[grid](
+            self.q, self.k, self.v, self.grad_out, self.lse, self.deltas, *made,
+            self.lo, self.hi, blocks,
+            *_strides(self.q, self.k, self.v, self.grad_out, *made),
+            self.q.shape[1], self.k.shape[1], *_factors(self.scale, self.softcap),
+            **_constants(self.q, self.k, self.softcap, tiles),
+        )  # fmt: skip
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Of heads and positions; that of a head's values is 1."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+
+
+def _factors(scale: float, softcap: float | None) -> tuple[float, float, float]:
+    """(scale, what turns scores into powers of two, what a cap divides scores by)."""
+    if softcap is None:
+        return scale, scale * LOG2E, 1.0
+    return scale, softcap * LOG2E, scale / softcap
+
+
+def _constants(q: Tensor, k: Tensor, softcap: float | None, tiles: Tiles) -> dict[str, Any]:
+    return constants(q.shape[-1], len(q) // len(k), q.dtype, softcap is not None, tiles) | {
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
+
+
+def constants(
+    size: int, group: int, dtype: torch.dtype, capped: bool, tiles: Tiles
+) -> dict[str, Any]:
+    """The constexpr arguments that all three kernels share."""
+    return {
+        "group": group,
+        "size": size,
+        "padded": max(16, triton.next_power_of_2(size)),
+        "block_q": tiles.queries,
+        "block_k": tiles.keys,
+        "capped": capped,
+        # Three products in tf32 are as good as one in float32, and take three times the registers.
+        "precision": "tf32x3" if dtype == torch.float32 and size <= 64 else "ieee",
+        "upcast": INTERPRETED,
+    }
