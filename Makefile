@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check mutants slow fuzz peers clean
+.PHONY: demo test check mutants slow fuzz gpu hopper peers clean
 
 demo: .venv/run  ## train a vision-language adapter on real pictures, from an empty machine
 	$(BIN)/plait fetch stamps
@@ -25,7 +25,13 @@ mutants: .venv/dev  ## break each guarantee by one line and require a red test
 fuzz: .venv/dev  ## thousands of damaged media files: an error or an array, never a crash
 	$(BIN)/python -m pytest -m fuzz -s
 
-peers: .venv-peers/ready  ## the other loaders that benchmarks.loader measures against
+gpu:  ## the kernels' tests and every GPU benchmark, with this machine's own Python and torch
+	$(PYTHON) -m benchmarks.gpu
+
+hopper: .venv/run  ## compile every kernel for a Hopper chip, without one: registers, spills, memory
+	$(BIN)/python -m benchmarks.hopper
+
+peers: .venv-peers/ready  ## what benchmarks.loader and benchmarks.logprobs measure against
 
 .venv-peers/ready: constraints.txt benchmarks/peers/requirements.txt
 	$(PYTHON) -m venv .venv-peers

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.step_rows import BATCH, VLM_LEARNED, Batch, fill_of, stamps, vlm
-from benchmarks.step_sides import Packed, Padded, build, gradients
+from benchmarks.step_model import Batch, build
+from benchmarks.step_rows import BATCH, VLM_LEARNED, fill_of, stamps, vlm
+from benchmarks.step_sides import Packed, Padded, gradients
 from benchmarks.timing import alternate, machine, summary
 from plait.errors import PlaitError
 from plait.trainer.model import PlaitModel

@@ -4,15 +4,14 @@ Shape letters: T tokens of a row, N positions of a picture, C channels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from benchmarks.step_model import PICTURE, Batch, Row
 from plait.datasets.records import open_records
 from plait.errors import PlaitError
 from plait.modalities import Text
@@ -24,24 +23,9 @@ BATCH = 16
 START = 1
 """SmolLM2's start token."""
 
-PICTURE = -1
-"""Stands in `Row.ids` where a picture's features go."""
-
 VLM_SAMPLES = 20_000
 VLM_LEARNED = 0.25
 """Share of a sample's text that is an answer: its end, after the last picture."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Row:
-    """Token ids (T,), which of them are learned (T,), and each picture's features (N, C)."""
-
-    ids: NDArray[np.int64]
-    learned: NDArray[np.bool_]
-    pictures: tuple[Tensor, ...]
-
-
-Batch = list[Row]
 
 
 def fill_of(batches: Sequence[Batch]) -> float:

@@ -4,72 +4,18 @@ Both read the same module: the language model with its adapter, and the projecto
 attention implementation is switched. Shape letters: B rows of a batch, L its longest, C channels.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.step_rows import PICTURE, Batch, Row
+from benchmarks.step_model import PICTURE, Batch, document
 from plait.datasets.packing import Unit, best_fit
 from plait.encoders import attention
-from plait.encoders.base import Encoder, Grid
-from plait.encoders.media_encoder import MediaEncoder
-from plait.encoders.projectors import KeepGrid, create_projector
-from plait.modalities import Image
-from plait.stream import Document, Encoded, Item, ItemInputs, ItemPlan, Span, pack
-from plait.trainer.lora import add_lora
+from plait.stream import Encoded, pack
 from plait.trainer.model import PlaitModel
-from plait.trainer.spec import LoraSpec
 
 IGNORED = -100
 """The label that transformers' loss leaves out."""
-
-_PICTURE = Image(np.zeros((1, 1, 3), dtype=np.uint8))
-
-
-class CachedFeatures(Encoder):
-    """A frozen tower whose features are all cached, so that it never runs."""
-
-    medium = "image"
-
-    def __init__(self, width: int) -> None:
-        super().__init__("cached")
-        self.width = width
-        self.nothing = nn.Parameter(torch.empty(0))
-
-    def plan(self, header: Any) -> Grid:
-        raise NotImplementedError(header)
-
-    def process(self, array: NDArray[np.uint8]) -> dict[str, Tensor]:
-        raise NotImplementedError(array.shape)
-
-    def forward(self, inputs: Sequence[Mapping[str, Tensor]]) -> list[Encoded]:
-        raise NotImplementedError(len(inputs))
-
-    def processing(self) -> str:
-        return ""
-
-
-def build(language: Any, channels: int) -> PlaitModel:
-    """A model of `language` with a LoRA adapter whose every factor has a gradient, training."""
-    attention.register()
-    language.requires_grad_(False)
-    add_lora(language, language.get_output_embeddings(), LoraSpec(rank=16), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in language.named_parameters():
-        if "lora_B" in name:  # zeros at the start, which would hide lora_A's gradient
-            nn.init.normal_(parameter, std=0.01, generator=generator)
-    embedding = language.get_input_embeddings().weight
-    projector = create_projector(
-        "mlp", channels, embedding.shape[1],
-        embedding_std=float(embedding.std()), generator=generator,
-    )  # fmt: skip
-    encoder = MediaEncoder(CachedFeatures(channels), KeepGrid(), projector)
-    return PlaitModel(language, {"cached": encoder}).train()
 
 
 class Packed:
@@ -84,7 +30,7 @@ class Packed:
         self.model.zero_grad(set_to_none=True)
         if self.model.language.config._attn_implementation != attention.NAME:
             self.model.language.set_attn_implementation(attention.NAME)
-        samples = [_document(row) for row in self.batch]
+        samples = [document(row) for row in self.batch]
         weight = sum(float(document.weights.sum()) for document, _ in samples)
         units = [Unit((at,), document.length) for at, (document, _) in enumerate(samples)]
         loss = 0.0
@@ -137,23 +83,3 @@ def gradients(model: PlaitModel) -> Tensor:
 def _padded(rows: list[Tensor], value: float) -> Tensor:
     """(B, L), padded on the right."""
     return pad_sequence(rows, batch_first=True, padding_value=value)
-
-
-def _document(row: Row) -> tuple[Document, list[ItemInputs]]:
-    """A row as the renderer would give it, with its cached features."""
-    spans, items, start = [], [], int((row.ids == PICTURE).argmax())
-    for number, picture in enumerate(row.pictures):
-        length = len(picture)
-        spans.append(Span(start, length, "cached", number))
-        items.append(Item(_PICTURE, ItemPlan("cached", length, (1, 1, length))))
-        start += length
-    learned = row.learned[1:]
-    document = Document(
-        token_ids=row.ids[:-1],
-        targets=np.where(learned, row.ids[1:], 0),
-        weights=learned.astype(np.float32),
-        positions=np.arange(len(row.ids) - 1),
-        spans=tuple(spans),
-        items=tuple(items),
-    )
-    return document, [ItemInputs(features=Encoded(picture)) for picture in row.pictures]

@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+from plait.encoders import attention
+from plait.encoders.attention import EVERYTHING, attending
 from plait.encoders.base import Encoder, Grid, Inputs
 from plait.errors import MediaError
 from plait.modalities import ImageHeader
@@ -16,7 +18,7 @@ from plait.stream import Encoded
 
 
 class Qwen3VLVision(Encoder):
-    """Wraps the tower of a loaded model, so that its weights are held once.
+    """Wraps the tower of a loaded model, so that its weights are held once; it then attends here.
 
     The embeddings already are the language model's: use the projector "identity" and the pool
     "keep". `layers` holds the deepstack features, in the order of the language model's layers.
@@ -28,8 +30,10 @@ class Qwen3VLVision(Encoder):
 
     medium = "image"
 
-    def __init__(self, tower: nn.Module, processor: Any, name: str = "qwen3_vl") -> None:
+    def __init__(self, tower: Any, processor: Any, name: str = "qwen3_vl") -> None:
         super().__init__(name)
+        attention.register()
+        tower.set_attn_implementation(attention.NAME)
         self.tower = tower
         self.processor = processor
         config: Any = tower.config
@@ -62,7 +66,8 @@ class Qwen3VLVision(Encoder):
     def forward(self, inputs: Sequence[Inputs]) -> list[Encoded]:
         patches = torch.cat([item["patches"] for item in inputs]).to(self.device, self.dtype)
         grids = torch.stack([item["grid"] for item in inputs]).to(self.device)
-        out = self.tower(patches, grid_thw=grids, return_dict=True)
+        with attending(EVERYTHING):  # it calls attention item by item
+            out = self.tower(patches, grid_thw=grids, return_dict=True)
         cells = [(t, h // self.merge, w // self.merge) for t, h, w in grids.tolist()]
         lengths = [t * h * w for t, h, w in cells]
         embeddings = out.pooler_output.split(lengths)

@@ -1,5 +1,6 @@
 """Tower and layout of a tiny random Qwen3-VL equal transformers'."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def encoder(model: Any) -> MediaEncoder:
     processor = Qwen2VLImageProcessor(
         patch_size=4, merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
     )
-    tower = Qwen3VLVision(model.model.visual, processor)
+    tower = Qwen3VLVision(copy.deepcopy(model.model.visual), processor)
     projector = create_projector(
         "identity", tower.width, 16, embedding_std=1.0, generator=torch.Generator()
     )
