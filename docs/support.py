@@ -53,6 +53,8 @@ _QWEN = "trainer/test_qwen3_vl.py::test_every_position_of_a_packed_row_equals_tr
 FACTORY = "the demos of llamafactory 0.9.5's source archive"
 _DEMOS = "datasets/test_dialects.py::test_llamafactory_s_demos_load_without_being_told"
 _PACKED = "trainer/test_packing.py::test_a_packed_row_equals_transformers_own_forward"
+_FUSED = "trainer/test_fused_path.py"
+_EAGER = f"{_FUSED}::test_packed_with_groups_equals_eager_attention_with_explicit_masks"
 _LOOP = "test_readme.py::test_the_loop_learns_its_one_picture"
 _PROJECTORS = "encoders/test_media_encoder.py::test_projectors_start_with_the_embeddings_spread"
 _JOINED = "encoders/test_projectors.py::test_an_item_in_a_batch_equals_the_item_alone"
@@ -81,6 +83,11 @@ ROWS = (
     Row("language family", "llama", SMOLLM2, _LOOP),
     *(Row("language family", family, RANDOM, _PACKED) for family in ("qwen2", "mistral", "gemma3")),
     Row("language family", "qwen3_vl", RANDOM, _QWEN),
+    *(Row("language family", family, RANDOM, _EAGER) for family in ("qwen3", "gemma2")),
+    Row("language family", "smolvlm", RANDOM,
+        f"{_FUSED}::test_a_smolvlm_attends_through_us_in_both_of_its_models"),
+    Row("language family", "qwen3_5_text (runs unpacked)", RANDOM,
+        f"{_FUSED}::test_a_linear_attention_that_cannot_be_packed_runs_unpacked_with_a_warning"),
     Row("row dialect", "folder", f"{STAMPS}, in `make demo`",
         "datasets/test_records.py::test_folder_rows_are_sorted_pictures_with_texts"),
     Row("row dialect", "messages", f"{FACTORY}: pictures, sounds and films", _DEMOS),

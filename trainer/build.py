@@ -13,7 +13,8 @@ from plait.encoders import attention, projectors, registry, weights
 from plait.encoders.layouts.plain import PlainLayout
 from plait.encoders.media_encoder import MediaEncoder
 from plait.encoders.quiet import without_loading_bars
-from plait.errors import ConfigError, ModelError
+from plait.errors import ConfigError, ModelError, UnknownNameError
+from plait.kernels.interval_attention import ROUTES
 from plait.modalities import Limits
 from plait.stream import Layout
 from plait.trainer import checks
@@ -66,8 +67,11 @@ def build(
 
     Raises:
         ConfigError, FetchError: a name that leads to nothing usable.
+        UnknownNameError: an attention route that does not exist.
         ModelError: a language model that is computed otherwise here than in transformers.
     """
+    if spec.attention not in ("auto", *ROUTES):
+        raise UnknownNameError("model.attention", spec.attention, ("auto", *ROUTES))
     folder = weights.resolve(spec.language)
     tokenizer = load_tokenizer(folder, spec.template)
     language = load_language(folder, spec.dtype)
@@ -85,6 +89,7 @@ def build(
     }
     _check_media(media)
     model = PlaitModel(language, {encoder.name: encoder for encoder in media.values()})
+    model.attention_route = spec.attention
     if not any(True for _ in model.trainable()):
         raise ConfigError(
             f"model.train names {', '.join(spec.train)}, but this model has no such part; nothing "

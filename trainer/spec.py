@@ -90,6 +90,10 @@ class ModelSpec:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of frozen weights and activations; what trains is kept in float32."""
 
+    attention: str = "auto"
+    """How the language model's attention is computed: "auto" takes what the device has, a name in
+    docs/kernels.md forces one."""
+
     def __post_init__(self) -> None:
         for part in self.train:
             if part not in PARTS:

@@ -35,13 +35,15 @@ class Tile(NamedTuple):
 
 
 class BlockMap(NamedTuple):
-    """Where the loops of a GPU kernel begin and end.
+    """What a GPU kernel reads of intervals: their ends (T,) int32, and where its loops turn.
 
     `queries` (B, 4) int32, for each block of queries: keys [0, 1) need a mask, [1, 2) are seen by
     all of them, [2, 3) need a mask again. `keys` (B, 4) int32 says the same of the queries that
     see a block of keys. Every end is a multiple of the other side's block.
     """
 
+    lo: Tensor
+    hi: Tensor
     queries: Tensor
     keys: Tensor
 
@@ -139,7 +141,10 @@ class Intervals:
             first = torch.searchsorted(hi, key, right=True)
             after = torch.searchsorted(lo, key, right=True)
             self._maps[wanted] = BlockMap(
-                _loops(lo, hi, block_q, block_k), _loops(first, after, block_k, block_q)
+                lo.to(torch.int32),
+                hi.to(torch.int32),
+                _loops(lo, hi, block_q, block_k),
+                _loops(first, after, block_k, block_q),
             )
         return self._maps[wanted]
 

@@ -69,10 +69,18 @@ def choose(call: Call, route: str) -> str:
     """The name of the route that computes `call`.
 
     Raises:
-        ValueError: `route` is no route, or cannot compute this.
+        ValueError: `route` is no route, or cannot compute this; or none can.
     """
     if route == "auto":
-        return next(name for name, r in ROUTES.items() if r.chosen and r.refusal(call) is None)
+        refusals = {name: r.refusal(call) for name, r in ROUTES.items() if r.chosen}
+        for name, refusal in refusals.items():
+            if refusal is None:
+                return name
+        raise ValueError(
+            "no attention route can compute this: "
+            + "; ".join(f"{name}: {refusal}" for name, refusal in refusals.items())
+            + "; the route 'naive' can, slowly"
+        )
     if route not in ROUTES:
         raise ValueError(f"an attention route is one of auto, {', '.join(ROUTES)}; got {route!r}")
     refusal = ROUTES[route].refusal(call)
@@ -131,5 +139,5 @@ ROUTES = {
     "cpu": Route(_cpu_refusal, lambda call: cpu.interval_attention(*call)),
     "triton": Route(_triton_refusal, _triton),
     "flash": Route(_flash_refusal, _flash, chosen=False),
-    "naive": Route(lambda _: None, _naive),
+    "naive": Route(lambda _: None, _naive, chosen=False),
 }

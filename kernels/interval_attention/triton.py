@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from plait.kernels.interval_attention.intervals import BlockMap, Intervals
+from plait.kernels.interval_attention.intervals import Intervals
 from plait.kernels.interval_attention.triton_backward import backward_keys, backward_queries, delta
 from plait.kernels.interval_attention.triton_forward import forward
 from plait.kernels.interval_attention.triton_tiles import INTERPRETED
@@ -126,8 +126,6 @@ class _IntervalAttention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         heads, length, size = q.shape
         plan = plan_for(q, softcap)
-        lo, hi = intervals.bounds(window)
-        lo, hi = lo.to(torch.int32), hi.to(torch.int32)
         # Heads lie inside positions, as transformers wants them back.
         out = q.new_empty(length, heads, size).transpose(0, 1)
         lse = q.new_empty(heads, length, dtype=torch.float32)
@@ -135,25 +133,25 @@ class _IntervalAttention(torch.autograd.Function):
         blocks = intervals.block_map(window, k.shape[1], tiles.queries, tiles.keys)
         if heads * length:
             forward[(len(blocks.queries), heads)](
-                q, k, v, out, lse, lo, hi, blocks.queries,
+                q, k, v, out, lse, blocks.lo, blocks.hi, blocks.queries,
                 *_strides(q, k, v, out), length, k.shape[1],
                 *_factors(scale, softcap)[1:],
                 **_constants(q, k, softcap, tiles),
             )  # fmt: skip
-        ctx.save_for_backward(q, k, v, out, lse, lo, hi)
+        ctx.save_for_backward(q, k, v, out, lse)
         ctx.intervals, ctx.options = intervals, (scale, window, softcap)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, lo, hi = ctx.saved_tensors
+        q, k, v, out, lse = ctx.saved_tensors
         grad_out, grad_lse = grads
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         if grad_out.stride(-1) != 1:
             grad_out = grad_out.contiguous()
         deltas = _delta(grad_out, out, grad_lse)
-        run = _Backward(q, k, v, grad_out, lse, deltas, lo, hi, ctx.intervals, *ctx.options)
+        run = _Backward(q, k, v, grad_out, lse, deltas, ctx.intervals, *ctx.options)
         d_q, (d_k, d_v) = run.queries(), run.keys()
         return d_q, d_k, d_v, None, None, None, None
 
@@ -183,8 +181,6 @@ class _Backward(NamedTuple):
     grad_out: Tensor
     lse: Tensor
     deltas: Tensor
-    lo: Tensor
-    hi: Tensor
     intervals: Intervals
     scale: float
     window: int | None
@@ -192,35 +188,28 @@ class _Backward(NamedTuple):
 
     def queries(self) -> Tensor:
         """The gradient of q (H, T, D)."""
-        tiles = plan_for(self.q, self.softcap).queries
         made = torch.empty_like(self.q)
-        blocks = self._blocks(tiles).queries
         if made.numel():
-            self._launch(backward_queries, (len(blocks), len(self.q)), blocks, tiles, made)
+            self._launch(backward_queries, plan_for(self.q, self.softcap).queries, made)
         return made
 
     def keys(self) -> tuple[Tensor, Tensor]:
         """The gradients of k and v (G, S, D)."""
-        tiles = plan_for(self.q, self.softcap).keys
         made = torch.empty_like(self.k), torch.empty_like(self.v)
-        blocks = self._blocks(tiles).keys
         if made[0].numel():
-            grid = (len(blocks), len(self.k))
-            self._launch(backward_keys, grid, blocks, tiles, *made)
+            self._launch(backward_keys, plan_for(self.q, self.softcap).keys, *made)
         return made
 
-    def _blocks(self, tiles: Tiles) -> BlockMap:
+    def _launch(self, kernel: Any, tiles: Tiles, *made: Tensor) -> None:
+        """A program for each block and head of what is made: of queries, or of keys and values."""
         keys = self.k.shape[1]
-        return self.intervals.block_map(self.window, keys, tiles.queries, tiles.keys)
-
-    def _launch(
-        self, kernel: Any, grid: tuple[int, int], blocks: Tensor, tiles: Tiles, *made: Tensor
-    ) -> None:
-        kernel[grid](
+        blocks = self.intervals.block_map(self.window, keys, tiles.queries, tiles.keys)
+        loops = blocks.queries if len(made) == 1 else blocks.keys
+        kernel[(len(loops), len(made[0]))](
             self.q, self.k, self.v, self.grad_out, self.lse, self.deltas, *made,
-            self.lo, self.hi, blocks,
+            blocks.lo, blocks.hi, loops,
             *_strides(self.q, self.k, self.v, self.grad_out, *made),
-            self.q.shape[1], self.k.shape[1], *_factors(self.scale, self.softcap),
+            self.q.shape[1], keys, *_factors(self.scale, self.softcap),
             **_constants(self.q, self.k, self.softcap, tiles),
         )  # fmt: skip
 

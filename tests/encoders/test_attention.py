@@ -1,6 +1,7 @@
 """Every tower attends through interval attention, and what it cannot compute is refused by name."""
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from plait.encoders.hf_video.model import FAMILIES as FILM_FAMILIES
 from plait.encoders.hf_vision.encoder import HfVision
 from plait.encoders.hf_vision.model import FAMILIES as PICTURE_FAMILIES
 from plait.errors import ModelError
-from plait.kernels.interval_attention import Intervals
+from plait.kernels.interval_attention import ROUTES, Intervals
 
 CPU = torch.device("cpu")
 CAUSAL = Intervals(torch.zeros(3, dtype=torch.long), torch.arange(1, 4))
@@ -194,3 +195,9 @@ def test_a_causal_layer_does_not_see_everything() -> None:
     causal.is_causal = True  # type: ignore[assignment]
     with pytest.raises(ModelError, match="Module is no layer in which everything is seen"):
         attend(causal, ROW, ROW, ROW, None, visible=EVERYTHING)
+
+
+def test_the_table_of_routes_is_that_of_the_code() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "kernels.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (yes|no) \|$", text, re.MULTILINE)
+    assert rows == [(name, "yes" if route.chosen else "no") for name, route in ROUTES.items()]
