@@ -142,17 +142,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--length", type=int, default=LENGTH, help="positions of the packed row")
     parser.add_argument("--mask-length", type=int, default=MASK_LENGTH)
-    parser.add_argument("--gpu-only", action="store_true", help="leave the CPU's cases out")
+    parser.add_argument("--only", choices=("cpu", "gpu"), help="leave the other machine out")
     words = parser.parse_args()
     found: dict[str, Any] = {}
-    if not words.gpu_only:
+    if words.only != "gpu":
         packed = attention_case(words.length, words.rounds)
         mask = mask_case(words.mask_length, words.rounds)
         found = {"ratio_dense": packed["ratio"], "ratio_mask": mask["ratio"]}
         found |= {"packed": packed, "mask": mask}
         if not words.json:
             print(f"dense mask {packed['ratio']:.2f}  block mask {mask['ratio']:.1f}")
-    if torch.cuda.is_available():
+    if words.only != "cpu" and torch.cuda.is_available():
         from benchmarks.attention_gpu import measure
 
         found["gpu"] = measure()

@@ -2,7 +2,8 @@
 
 Tiles become float32 as soon as they are loaded: logits are float32 already, and Triton's
 interpreter computes wrongly in bf16. Row offsets are 64 bits wide, for a chunk may hold more than
-2**31 logits.
+2**31 logits. Sizes are constants, of which a run has few; bounds of loops that are arguments fail
+in the interpreter of Triton 3.6.
 """
 
 from typing import NamedTuple
@@ -47,10 +48,10 @@ def statistics_kernel(
     lse: tl.tensor,
     picked: tl.tensor,
     entropy: tl.tensor,
-    vocabulary: tl.tensor,
-    count: tl.tensor,
     softcap: tl.tensor,
     inverse_temperature: tl.tensor,
+    vocabulary: tl.constexpr,
+    count: tl.constexpr,
     capped: tl.constexpr,
     with_entropy: tl.constexpr,
     block: tl.constexpr,
@@ -105,10 +106,10 @@ def gradient_kernel(
     lse: tl.tensor,
     entropy: tl.tensor,
     by_entropy: tl.tensor,
-    vocabulary: tl.tensor,
-    count: tl.tensor,
     softcap: tl.tensor,
     inverse_temperature: tl.tensor,
+    vocabulary: tl.constexpr,
+    count: tl.constexpr,
     capped: tl.constexpr,
     with_entropy: tl.constexpr,
     block: tl.constexpr,
