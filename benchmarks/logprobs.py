@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 GPU_SIZE = Size(positions=8192, hidden=4096, vocabulary=131_072)
 LIGER_CHUNK = 2
-"""Sequences of its chunk. On a quiet machine 1 (its default), 2 and 8 differ by less than the noise;
-with a busy neighbour 1 is slower."""
+"""Sequences of its chunk. On a quiet machine 1 (its default), 2 and 8 differ by less than the
+noise; with a busy neighbour 1 is slower."""
 
 Clock = Callable[[], float]
 """Runs one step and says how many seconds it took."""
