@@ -18,16 +18,18 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody wrote is NaN, so that a missed element shows."""
+    """Memory that nobody wrote is NaN, or no index of anything, so that reading it shows."""
 
     def poison(owner: Any, name: str) -> None:
         original = getattr(owner, name)
 
         def fresh(*args: Any, **options: Any) -> Tensor:
             made: Tensor = original(*args, **options)
-            return made.fill_(math.nan) if made.is_floating_point() else made
+            if made.is_floating_point():
+                return made.fill_(math.nan)
+            return made.fill_(10**9) if made.dtype in (torch.int32, torch.int64) else made
 
         monkeypatch.setattr(owner, name, fresh)
 

