@@ -308,6 +308,47 @@ def test_removing_gives_pefts_forward_back() -> None:
     assert torch.equal(row_of(model), want)
 
 
+def test_a_forward_that_a_layer_had_of_its_own_comes_back() -> None:
+    model = language()
+    layer = model.model.layers[0].self_attn.q_proj
+    heard: list[torch.Size] = []
+    theirs = layer.forward
+
+    def listening(x: Tensor) -> Tensor:
+        heard.append(x.shape)
+        answer: Tensor = theirs(x)
+        return answer
+
+    layer.forward = listening
+    with GroupedLora(model):
+        pass
+    assert layer.__dict__["forward"] is listening
+    row_of(model)
+    assert heard
+
+
+def test_disabled_adapters_are_no_adapters() -> None:
+    from peft.tuners.lora.layer import LoraLayer
+
+    model = language()
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.enable_adapters(False)
+    want = row_of(model)
+    with GroupedLora(model) as adapters, adapters.on(NAMES, BOUNDS):
+        assert torch.equal(row_of(model), want)
+
+
+def test_layers_that_run_plainly_keep_the_active_adapter() -> None:
+    model = language(use_rslora=True)
+    activate(model, "cleo")
+    want = row_of(model)
+    with GroupedLora(model) as adapters:
+        with adapters.on(NAMES, BOUNDS), pytest.warns(UserWarning, match="rsLoRA"):
+            row_of(model)
+        assert torch.equal(row_of(model), want)
+
+
 def test_an_adapter_that_comes_later_is_seen() -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
