@@ -101,6 +101,9 @@ class GroupedLora:
         self._layers: list[tuple[Any, Any]] = []
         """Each layer, and the forward that it had of its own, not of its class."""
 
+        self._described: set[int] = set()
+        """Layers whose last forward, but for those that checkpointing repeats, was inside `on`."""
+
         self._said: set[tuple[str, str]] = set()
         self._replace()
 
@@ -175,6 +178,7 @@ class GroupedLora:
         **kwargs: Any,
     ) -> Tensor:
         row = self._current
+        self._check_recomputed(layer, name, row)
         if row is None or layer.disable_adapters:
             return own(x, *args, **kwargs)
         obstacle = _obstacle(layer, row.adapters)
@@ -182,6 +186,17 @@ class GroupedLora:
             return _grouped(layer, name, x, row)
         self._say(layer, obstacle or "it is called with more than its input")
         return _plain(layer, name, own, x, args, kwargs, row)
+
+    def _check_recomputed(self, layer: Any, name: str, row: Stretches | None) -> None:
+        """Refuse what checkpointing would compute again with other adapters than before."""
+        inside_backward = torch._C._current_graph_task_id() >= 0
+        if not inside_backward:
+            (self._described.discard if row is None else self._described.add)(id(layer))
+        elif row is None and id(layer) in self._described:
+            raise ModelError(
+                f"the forward of {name} is computed again in a backward pass outside of `on`, "
+                "where nobody says which adapters its row has: move the backward inside"
+            )
 
     def _say(self, layer: Any, reason: str) -> None:
         kind = f"{type(layer).__name__} over {type(layer.get_base_layer()).__name__}"
@@ -258,7 +273,10 @@ def _frozen_and_plain(base: nn.Module, rows: Tensor) -> bool:
     """Whether `base` is nothing but a product with a frozen weight of the rows' dtype."""
     if type(base) is not nn.Linear or torch.is_autocast_enabled(rows.device.type):
         return False
-    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
+    hooks = (base._forward_hooks, base._forward_pre_hooks,
+             base._backward_hooks, base._backward_pre_hooks)  # fmt: skip
+    # A forward of its own: accelerate moves weights to where they are used in one.
+    if any(hooks) or "forward" in base.__dict__:
         return False
     if any(parameter.requires_grad for parameter in base.parameters()):
         return False

@@ -5,6 +5,7 @@ Shape letters: T positions, I inputs, O outputs, G adapters, r_g rank of adapter
 
 import importlib.util
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -79,14 +80,16 @@ def grouped_lora_linear(
 
 
 def _apply(plan: _Plan, x: Tensor, *rest: Tensor | None) -> Tensor:
-    """With autocast off: the dtypes of the arguments say what is computed in which dtype."""
-    result: Tensor
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            result = _GroupedLora.apply(plan, x, *rest)
-    else:
-        result = _GroupedLora.apply(plan, x, *rest)
+    with _no_autocast(x.device.type):
+        result: Tensor = _GroupedLora.apply(plan, x, *rest)
     return result
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    """The dtypes of the arguments say what is computed in which dtype."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _machine(x: Tensor, a: Sequence[Tensor], route: str | None) -> Machine:
@@ -171,11 +174,16 @@ class _GroupedLora(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with _no_autocast(grads[0].device.type):
+            return _GroupedLora._gradients(ctx, grads[0])
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, low, weight, *factors = ctx.saved_tensors
         count = len(factors) // 2
         plan = ctx.plan
         adapters = Adapters(factors[:count], factors[count:], plan.scales, plan.segments)
-        grad = grads[0].contiguous()
+        grad = grad.contiguous()
         grad_x = None
         if ctx.needs_input_grad[1]:
             shape, dtype, device = ctx.like

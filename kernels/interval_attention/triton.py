@@ -50,9 +50,13 @@ that spill no register."""
 _CAPPED_KEYS = {64: Tiles(32, 128, 8, 2), 128: Tiles(16, 128, 8, 2), 256: Tiles(16, 32, 8, 2)}
 """A cap on scores keeps its slope in registers as well."""
 
+_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+_OLD_KEYS = {64: Tiles(64, 128, 8, 1), 128: Tiles(32, 128, 8, 1), 256: Tiles(16, 32, 8, 2)}
+"""Triton 3.6 needs more registers for the same tile; with a cap or without."""
+
 _SINGLE = {
     64: Plan(Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 1), Tiles(64, 32, 8, 2)),
-    128: Plan(Tiles(16, 32, 8, 2), Tiles(16, 32, 8, 2), Tiles(16, 32, 8, 2)),
+    128: Plan(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 2), Tiles(16, 32, 8, 2)),
     256: Plan(Tiles(16, 16, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
 }
 """The same for float32."""
@@ -76,8 +80,11 @@ def hopper_plan(size: int, dtype: torch.dtype, capped: bool) -> Plan:
     """The tiles for heads of `size` where there is as much shared memory as on Hopper."""
     if dtype == torch.float32:
         return _SINGLE[_padded(size)]
-    plan = _HALF[_padded(size)]
-    return plan._replace(keys=_CAPPED_KEYS[_padded(size)]) if capped else plan
+    size = _padded(size)
+    plan = _HALF[size]
+    if _OLD:
+        return plan._replace(keys=_OLD_KEYS[size])
+    return plan._replace(keys=_CAPPED_KEYS[size]) if capped else plan
 
 
 def _padded(size: int) -> int:

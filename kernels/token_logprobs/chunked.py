@@ -144,7 +144,9 @@ class WeightedNll(torch.autograd.Function):
                 gradients.add(head, gradient, chunk)
         ctx.save_for_backward(gradients.of_hidden, gradients.of_weight())
         ctx.mark_non_differentiable(logprobs)
-        return -(loss_weights * logprobs).sum(), logprobs
+        # What has no weight is ignored, also where its logprob is -inf.
+        terms = torch.where(loss_weights == 0, 0, loss_weights * logprobs)
+        return -terms.sum(), logprobs
 
     @staticmethod
     @once_differentiable

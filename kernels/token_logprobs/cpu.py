@@ -27,7 +27,8 @@ BLOCK = 2048
 GROUP_BYTES = 4 << 20
 """Logits that pass through all operators before the next ones do, so that a cache holds them."""
 
-_LOWEST = torch.finfo(torch.float32).min
+_LOWEST = -1e30
+"""Stands for -inf where it is multiplied: by 0 it is 0, and by any slope still finite."""
 
 
 class Head:

@@ -182,13 +182,22 @@ def test_rows_that_are_not_contiguous_and_a_gradient_that_is_expanded() -> None:
     assert torch.equal(have, want)
 
 
-def test_autocast_changes_nothing() -> None:
-    inputs = Inputs(30)
-    weight = torch.randn(33, 19, generator=torch.Generator().manual_seed(5))
-    rest: list[Any] = [inputs.a, inputs.b, SCALES, Segments([(0, 30)], [4], 30)]
-    want = grouped_lora_linear(inputs.x, weight, None, *rest)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
+    inputs = Inputs(391, dtype=dtype)
+    weight = torch.randn(33, 19, generator=torch.Generator().manual_seed(5)).to(dtype)
+    bounds, adapters, length = CASES["long enough to be read in place"]
+    rest: list[Any] = [inputs.a, inputs.b, SCALES, Segments(bounds, adapters, length)]
+
+    def found() -> list[Tensor]:
+        out = grouped_lora_linear(inputs.x, weight, None, *rest)
+        leaves = [inputs.x, *inputs.a, *inputs.b]
+        return [out, *torch.autograd.grad(out, leaves, inputs.seed)]
+
+    want = found()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(grouped_lora_linear(inputs.x, weight, None, *rest), want)
+        have = found()
+    assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -267,6 +267,38 @@ def test_banned_and_extreme_logits_give_no_nan() -> None:
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("slope", [3.0, -3.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_banned_tokens_are_as_if_they_were_not_there(slope: float, temperature: float) -> None:
+    hidden, weight, ids = inputs(7)
+    bias = torch.zeros(VOCABULARY)
+    bias[:50] = -torch.inf
+    found = []
+    for head, targets, banned in (
+        (weight, ids % 50 + 50, bias),
+        (weight[50:], ids % 50, bias[50:]),
+    ):
+        scored = token_logprobs(
+            hidden, head, targets, bias=banned, temperature=temperature, entropy=True
+        )
+        assert scored.entropy is not None
+        total = scored.logprobs.sum() + slope * scored.entropy.sum()
+        found.append(torch.autograd.grad(total, [hidden, weight]))
+    for have, want in zip(*found, strict=True):  # float32 on both sides
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_banned_target_without_weight_is_ignored() -> None:
+    hidden, weight, ids = inputs(7)
+    bias = torch.zeros(VOCABULARY)
+    bias[ids[2]] = -torch.inf
+    weights = torch.where(ids == ids[2], 0.0, 1.0)
+    loss, logprobs = weighted_nll(hidden, weight, ids, weights, bias=bias)
+    assert logprobs[2] == -torch.inf
+    close(loss, -logprobs[weights > 0].sum())
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, [hidden, weight]))
+
+
 def test_an_empty_row_is_fine() -> None:
     hidden, weight, ids = inputs(0)
     scored = token_logprobs(hidden, weight, ids, entropy=True, top_k=2)

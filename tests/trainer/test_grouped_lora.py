@@ -184,6 +184,31 @@ def test_gradient_checkpointing_recomputes_with_the_rows_adapters() -> None:
         torch.testing.assert_close(have[name], value)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_row_computed_again_where_nobody_describes_it_is_refused(reentrant: bool) -> None:
+    model = language()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    model.train()
+    with GroupedLora(model) as adapters:
+        with adapters.on(NAMES, BOUNDS):
+            loss = row_of(model).sum()
+        with pytest.raises(ModelError, match="move the backward inside"):
+            loss.backward()
+        row_of(model).sum().backward()  # described by nobody, before as after
+
+
+def test_a_base_that_brings_its_weight_from_elsewhere_is_called() -> None:
+    model = language()
+    activate(model, "anna")
+    base = model.model.layers[0].self_attn.q_proj.base_layer
+    plain = base.forward
+    base.forward = lambda x: plain(x) + 1  # as accelerate's hooks do
+    want = row_of(model)
+    with GroupedLora(model) as adapters, adapters.on(["anna"], [(0, LENGTH)]):
+        torch.testing.assert_close(row_of(model), want)
+
+
 VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "variant Dora"),
     "one of three is dora": (
