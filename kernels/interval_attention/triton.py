@@ -56,7 +56,7 @@ _OLD_KEYS = {64: Tiles(64, 128, 8, 1), 128: Tiles(32, 128, 8, 1), 256: Tiles(16,
 
 _SINGLE = {
     64: Plan(Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 1), Tiles(64, 32, 8, 2)),
-    128: Plan(Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 2), Tiles(16, 32, 8, 2)),
+    128: Plan(Tiles(16, 16, 8, 2), Tiles(16, 32, 8, 2), Tiles(16, 32, 8, 2)),
     256: Plan(Tiles(16, 16, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 8, 1)),
 }
 """The same for float32."""
