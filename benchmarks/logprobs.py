@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.logprobs_sides import STEPS, Batch, Size, make, nll, plain_nll, rl
-from benchmarks.timing import machine, seconds_of
+from benchmarks.timing import apart, largest, machine, seconds_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
@@ -46,7 +46,7 @@ class Liger:
     def __init__(self, batch: Batch, folder: Path, threads: int) -> None:
         self._folder = folder
         torch.save(by_sequence(batch), folder / "inputs.pt")
-        script = ROOT / "benchmarks" / "peers" / "liger_grpo.py"
+        script = ROOT / "benchmarks" / "peers" / "liger.py"
         words = [str(PEERS), str(script), str(folder / "inputs.pt"), "--threads", str(threads)]
         words += ["--chunk-size", str(LIGER_CHUNK)]
         self._process = subprocess.Popen(
@@ -54,7 +54,7 @@ class Liger:
         )
 
     def ask(self, line: str) -> dict[str, Any]:
-        """The answer to a line; see `peers/liger_grpo.py`."""
+        """The answer to a line; see `peers/liger.py`."""
         assert self._process.stdin is not None and self._process.stdout is not None
         print(line, file=self._process.stdin, flush=True)
         said = self._process.stdout.readline()
@@ -93,10 +93,9 @@ def by_sequence(batch: Batch) -> dict[str, Tensor]:
 
 def difference(ours: tuple[Tensor, Tensor], peer: tuple[Tensor, Tensor]) -> float:
     """The larger relative difference: of the losses, or of the gradients' norms."""
-    have, want = (side[1].double().flatten() for side in (ours, peer))
-    of_loss = abs(float(ours[0]) - float(peer[0])) / abs(float(peer[0]))
-    of_gradient = float((have - want).norm() / want.norm())
-    return float(torch.tensor([of_loss, of_gradient]).max())  # NaN wins, unlike in Python's max
+    return largest(
+        apart(have.flatten(), want.flatten()) for have, want in zip(ours, peer, strict=True)
+    )
 
 
 def checked(pairs: dict[str, tuple[Any, Any]], limit: float) -> dict[str, float]:
@@ -183,7 +182,10 @@ def on_cpu(rounds: int, threads: int) -> dict[str, Any]:
 
 
 def on_gpu(rounds: int) -> dict[str, Any]:
-    """The same losses in bf16; liger-kernel's where this Python has it."""
+    """The same losses in bf16; liger-kernel's where this Python has it, its fused cross entropy
+    (`liger_nll`) too. Float32 products may use TF32, for all sides alike.
+    """
+    torch.set_float32_matmul_precision("high")
     batch = make(GPU_SIZE, "cuda", torch.bfloat16)
     steps: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
         "nll": lambda: nll(batch),
@@ -191,10 +193,10 @@ def on_gpu(rounds: int) -> dict[str, Any]:
         "rl": lambda: rl(batch),
     }
     if importlib.util.find_spec("liger_kernel") is not None:
-        from benchmarks.peers import liger_grpo
+        from benchmarks.peers import liger
 
-        liger = liger_grpo.Liger(by_sequence(batch), compiled=True, chunk_size=LIGER_CHUNK)
-        steps["liger"] = liger.step
+        steps["liger"] = liger.Grpo(by_sequence(batch), True, LIGER_CHUNK).step
+        steps["liger_nll"] = liger.Nll(batch.hidden, batch.weight, batch.targets).step
     memory, results = {}, {}
     for name, step in steps.items():
         step()  # compiles
@@ -203,9 +205,8 @@ def on_gpu(rounds: int) -> dict[str, Any]:
         before = torch.cuda.memory_allocated()
         results[name] = step()
         memory[name] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    pairs = {"plain torch": (results["nll"], results["plain_nll"])}
-    if "liger" in results:
-        pairs["liger-kernel"] = (results["rl"], results["liger"])
+    ours_of = {"plain_nll": "nll", "liger_nll": "nll", "liger": "rl"}
+    pairs = {p: (results[mine], results[p]) for p, mine in ours_of.items() if p in results}
     # The peers round their logits to bf16.
     differences = checked(pairs, 2e-2)
 
@@ -219,9 +220,8 @@ def on_gpu(rounds: int) -> dict[str, Any]:
     found = in_turn({name: clock(step) for name, step in steps.items()}, max(10, rounds))
     return {
         "device": torch.cuda.get_device_name(),
-        "ratio_naive": ratio(found, "plain_nll", "nll"),
-        "memory_share": round(memory["nll"] / memory["plain_nll"], 3),
-        "ratio_liger": ratio(found, "liger", "rl") if "liger" in found else None,
+        "ratios": {p: ratio(found, p, mine) for p, mine in ours_of.items() if p in found},
+        "memory_share": {p: round(memory[ours_of[p]] / memory[p], 3) for p in pairs},
         "seconds": medians(found, 5),
         "extra_memory_mb": memory,
         "largest_difference": differences,

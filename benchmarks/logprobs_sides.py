@@ -46,7 +46,7 @@ class Batch:
     ones: Tensor
     """(T,) loss weights"""
     old_logprobs: Tensor
-    """(T,) near those of the weight, so that some ratios are clipped"""
+    """(T,) near those of the weight, or so far that the ratio is clipped"""
     advantages: Tensor
     """(sequences,)"""
 
@@ -68,10 +68,13 @@ def make(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32) ->
     logits = torch.einsum("th,th->t", hidden.float(), weight[targets].float())
     variance = size.hidden * 0.02**2
     usual = logits - torch.tensor(float(size.vocabulary)).log() - variance / 2
-    noise = torch.randn(size.positions, generator=generator, device=device)
+    moved = 0.1 * torch.randn(size.positions, generator=generator, device=device).clamp(-1, 1)
+    # Half of the ratios are clipped, none is so near the edge that rounding decides.
+    far = torch.rand(size.positions, generator=generator, device=device) < 0.5
+    moved += far * torch.where(moved < 0, -0.35, 0.35)
     advantages = torch.randn(size.sequences, generator=generator, device=device)
     ones = torch.ones(size.positions, device=device)
-    return Batch(size, hidden, weight, targets, ones, usual + 0.3 * noise, advantages)
+    return Batch(size, hidden, weight, targets, ones, usual + moved, advantages)
 
 
 def nll(batch: Batch) -> tuple[Tensor, Tensor]:

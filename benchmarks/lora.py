@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import machine, seconds_of
+from benchmarks.timing import apart, largest, machine, seconds_of
 from plait.encoders import attention
 from plait.kernels.interval_attention import Intervals
 from plait.trainer.grouped_lora import GroupedLora
@@ -37,6 +37,10 @@ ROUNDS = 5
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Relative difference allowed to a loss, and to the norm of a tensor's gradient."""
+
+
+Losses = dict[str, Tensor]
+"""The summed loss of each adapter's documents."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ class Bench:
             if hasattr(module, "lora_A"):
                 module._active_adapter = [name]
 
-    def together(self) -> dict[str, float]:
+    def together(self) -> Losses:
         """Ours: every document in one row."""
         names = [name for name, _ in self.row]
         with self.adapters.on(names, _bounds([ids for _, ids in self.row])):
@@ -164,9 +168,9 @@ class Bench:
             _backward(losses)
         return _by_name(names, losses)
 
-    def padded(self) -> dict[str, float]:
+    def padded(self) -> Losses:
         """A padded batch for each adapter."""
-        found = {}
+        found: Losses = {}
         for name, mine in zip(self.names, self.documents, strict=True):
             self._activate(self.theirs, name)
             ids = nn.utils.rnn.pad_sequence(mine, batch_first=True)
@@ -176,12 +180,12 @@ class Bench:
             targets = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
             loss = _nll(logits[:, :-1].flatten(0, 1), targets.flatten())
             _backward([loss])
-            found[name] = loss.item()
+            found[name] = loss.detach()
         return found
 
-    def single(self) -> dict[str, float]:
+    def single(self) -> Losses:
         """Every document in a pass of its own, without a mask."""
-        found = {}
+        found: Losses = {}
         for name, mine in zip(self.names, self.documents, strict=True):
             self._activate(self.theirs, name)
             losses = []
@@ -189,20 +193,20 @@ class Bench:
                 logits = self.theirs(input_ids=ids[None], use_cache=False).logits[0]
                 losses.append(_nll(logits[:-1], ids[1:]))
                 _backward(losses[-1:])
-            found[name] = sum(loss.item() for loss in losses)
+            found |= _by_name([name] * len(losses), losses)
         return found
 
-    def packed(self) -> dict[str, float]:
+    def packed(self) -> Losses:
         """A row for each adapter, through our attention and peft's own forward."""
-        found = {}
+        found: Losses = {}
         for name, mine in zip(self.names, self.documents, strict=True):
             self._activate(self.ours, name)
             losses = _row_losses(self.ours, mine)
             _backward(losses)
-            found[name] = sum(loss.item() for loss in losses)
+            found |= _by_name([name] * len(losses), losses)
         return found
 
-    def sides(self) -> dict[str, Callable[[], dict[str, float]]]:
+    def sides(self) -> dict[str, Callable[[], Losses]]:
         return {
             "ours": self.together,
             "padded": self.padded,
@@ -246,22 +250,26 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _backward(losses: list[Tensor]) -> None:
-    total = torch.stack(losses).sum()
-    total.backward()  # type: ignore[no-untyped-call]
-    if total.is_cuda:
-        torch.cuda.synchronize()
+    torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
 
 
-def _by_name(names: list[str], losses: list[Tensor]) -> dict[str, float]:
-    found = dict.fromkeys(names, 0.0)
+def _by_name(names: list[str], losses: list[Tensor]) -> Losses:
+    found: Losses = {}
     for name, loss in zip(names, losses, strict=True):
-        found[name] += loss.item()
+        found[name] = found[name] + loss.detach() if name in found else loss.detach()
     return found
+
+
+def _finished(step: Callable[[], Losses], device: str) -> None:
+    """Run a step to its end: no side waits for the GPU before."""
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def differences(bench: Bench) -> dict[str, dict[str, float]]:
     """For every peer, the largest relative difference of a loss and of a tensor's gradient."""
-    losses: dict[str, dict[str, float]] = {}
+    losses: dict[str, Losses] = {}
     gradients: dict[str, dict[str, Tensor]] = {}
     for side, step in bench.sides().items():
         bench.clear()
@@ -273,12 +281,9 @@ def differences(bench: Bench) -> dict[str, dict[str, float]]:
         if gradients[peer].keys() != gradients["ours"].keys():
             found[peer] = {"loss": torch.inf, "gradient": torch.inf}
             continue
-        off = [
-            float((gradients["ours"][name] - value).norm() / value.norm())
-            for name, value in gradients[peer].items()
-        ]
-        apart = [abs(losses["ours"][n] / value - 1) for n, value in losses[peer].items()]
-        found[peer] = {"loss": max(apart), "gradient": max(off)}
+        off = [apart(gradients["ours"][n], value) for n, value in gradients[peer].items()]
+        away = [apart(losses["ours"][n], value) for n, value in losses[peer].items()]
+        found[peer] = {"loss": largest(away), "gradient": largest(off)}
     return found
 
 
@@ -289,9 +294,9 @@ def measure(load: Load, rounds: int) -> dict[str, Any]:
         SystemExit: the sides are not the same step.
     """
     bench = Bench(load)
-    apart = differences(bench)  # also what warms every side up
+    found = differences(bench)  # also what warms every side up
     allowed = TOLERANCE[load.dtype]
-    for peer, values in apart.items():
+    for peer, values in found.items():
         for name, value in values.items():
             if not value <= allowed:
                 raise SystemExit(
@@ -313,7 +318,7 @@ def measure(load: Load, rounds: int) -> dict[str, Any]:
         "seconds": {side: round(value, 4) for side, value in middle.items()},
         "differences": {
             side: {name: float(f"{value:.2g}") for name, value in values.items()}
-            for side, values in apart.items()
+            for side, values in found.items()
         },
         **load.about(),
     }
@@ -327,7 +332,7 @@ def _alternate(bench: Bench, rounds: int) -> dict[str, list[float]]:
         turn = number % len(sides)
         for side, step in sides[turn:] + sides[:turn]:
             bench.clear()
-            taken[side].append(seconds_of(step))
+            taken[side].append(seconds_of(lambda step=step: _finished(step, bench.load.device)))
     return taken
 
 
@@ -348,6 +353,7 @@ def main() -> None:
             print(f"{found['ratio_of_grouping']:.2f} times as fast as a packed pass per adapter")
             print(f"{found['even']['ratio']:.2f} times as fast where no side has to pad")
     if words.only != "cpu" and torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32 for float32 factors, on every side
         found["gpu"] = measure(gpu_load(), words.rounds) | {"device": torch.cuda.get_device_name()}
     print(json.dumps(found | machine()))
 

@@ -5,11 +5,12 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARIES = ("torch", "transformers", "peft", "numpy")
 
@@ -54,6 +55,24 @@ def summary(rounds: list[tuple[float, float]]) -> dict[str, Any]:
     }
 
 
+def apart(have: Tensor, want: Tensor) -> float:
+    """The norm of the difference, as a share of the norm of `want`."""
+    have, want = have.detach().double(), want.detach().double()
+    return float((have - want).norm() / want.norm())
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest value, or NaN where one is: Python's `max` passes it over."""
+    return float(torch.tensor(list(values), dtype=torch.float64).max())
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:  # a GPU's machine needs torch alone for most programs
+        return None
+
+
 def machine() -> dict[str, Any]:
     """Threads, cores, versions and the load a measurement shared the machine with."""
     return {
@@ -63,5 +82,5 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "load": round(os.getloadavg()[0], 2),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "versions": {library: version(library) for library in LIBRARIES},
+        "versions": {library: _version(library) for library in LIBRARIES},
     }

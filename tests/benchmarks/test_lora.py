@@ -20,14 +20,14 @@ load = lora.Load(hidden=16, intermediate=24, layers=1, heads=2, key_heads=1, voc
                  ranks=(2, 3, 8), lengths=lora.lengths_of(3, 40, 12))
 found = lora.measure(load, rounds=2)
 
-def refusal(side):
+def refusal(side, factor=1.01):
     step = getattr(lora.Bench, side)
     def wrong(self):
         losses = step(self)
         model = self.ours if side == "together" else self.theirs
         for name, parameter in model.named_parameters():
             if "lora_A.run1" in name:
-                parameter.grad *= 1.01
+                parameter.grad *= factor
         return losses
     setattr(lora.Bench, side, wrong)
     try:
@@ -38,7 +38,7 @@ def refusal(side):
     finally:
         setattr(lora.Bench, side, step)
 
-refused = [refusal("together"), refusal("single")]
+refused = [refusal("together"), refusal("single"), refusal("together", float("nan"))]
 print(json.dumps({"found": found, "fill": load.fill, "refused": refused}))
 """
 
@@ -59,4 +59,5 @@ def test_it_measures_one_step_or_gives_no_number() -> None:
     assert found["positions"] == 120 and 0.3 < facts["fill"] < 1
     assert "gradient of padded" in facts["refused"][0]
     assert "gradient of single" in facts["refused"][1]
+    assert "differs by nan" in facts["refused"][2]
     assert all("no number is given" in text for text in facts["refused"])

@@ -1,6 +1,7 @@
-"""liger-kernel's fused GRPO loss: one timed step at a time, asked for over standard input.
+"""liger-kernel's fused losses. As a program its GRPO loss, one timed step at a time, asked for over
+standard input:
 
-    .venv-peers/bin/python benchmarks/peers/liger_grpo.py INPUTS.pt --threads 2
+    .venv-peers/bin/python benchmarks/peers/liger.py INPUTS.pt --threads 2
 
 INPUTS.pt holds hidden (B, T, H), weight (V, H), targets and old logprobs (B, T), advantages (B,).
 A line "step compiled" or "step plain" answers {"seconds": ...}; "check SIDE FILE" writes that
@@ -23,7 +24,25 @@ SETTINGS = {"loss_type": "bnpo", "beta": 0.0, "use_ref_model": False}
 """No reference model; the sum over tokens divided by their number."""
 
 
-class Liger:
+class Nll:
+    """The fused cross entropy, summed, over a frozen output layer; its kernels need a GPU."""
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> None:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        self._inputs = hidden, weight, targets
+        self._loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+
+    def step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, and dL/d hidden (T, H)."""
+        hidden, weight, targets = self._inputs
+        hidden = hidden.detach().requires_grad_()
+        loss = self._loss(weight, hidden, targets)
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        return loss.detach(), gradient
+
+
+class Grpo:
     """The loss of one batch over a frozen output layer."""
 
     def __init__(self, batch: dict[str, torch.Tensor], compiled: bool, chunk_size: int) -> None:
@@ -48,9 +67,7 @@ class Liger:
         return loss.detach(), hidden.grad
 
 
-def answer(
-    words: list[str], sides: dict[str, Liger], facts: dict[str, object]
-) -> dict[str, object]:
+def answer(words: list[str], sides: dict[str, Grpo], facts: dict[str, object]) -> dict[str, object]:
     """What one line of input asks for."""
     if words[0] == "facts":
         return facts
@@ -74,8 +91,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     batch = torch.load(words.inputs, weights_only=True)
     sides = {
-        "compiled": Liger(batch, True, words.chunk_size),
-        "plain": Liger(batch, False, words.chunk_size),
+        "compiled": Grpo(batch, True, words.chunk_size),
+        "plain": Grpo(batch, False, words.chunk_size),
     }
     facts: dict[str, object] = {
         **SETTINGS,
