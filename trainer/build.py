@@ -89,7 +89,6 @@ def build(
     }
     _check_media(media)
     model = PlaitModel(language, {encoder.name: encoder for encoder in media.values()})
-    model.attention_route = spec.attention
     if not any(True for _ in model.trainable()):
         raise ConfigError(
             f"model.train names {', '.join(spec.train)}, but this model has no such part; nothing "
@@ -105,6 +104,7 @@ def build(
     built = Built(spec, model, tokenizer, layout, lora, hashes, seed, limits)
     checks.check_language(built)
     checks.check_packing(built)
+    model.attention_route = spec.attention  # only now: a route may need the device it trains on
     return built
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoFeatureExtractor, HubertModel, Wav2Vec2Model, WavLMModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from plait.encoders.attention import prepare_tower
+from plait.encoders.attention import prepare_tower, switch_off_dropout
 from plait.encoders.checkpoint import SAFE, reading_checkpoint
 from plait.encoders.hf_audio.tower import Tower
 from plait.encoders.hf_audio.waveform import WaveformTower
@@ -60,6 +60,7 @@ def load_tower(folder: Path, layer: int, dtype: torch.dtype) -> Tower:
         extractor = extractors.from_pretrained(folder, **SAFE)
         # Layers that are skipped at random would leave parameters without gradients.
         config.layerdrop = config.encoder_layerdrop = 0.0
+        switch_off_dropout(config)
         options = {} if family.own_attention else prepare_tower(config)
         model, report = family.model.from_pretrained(
             folder,

@@ -28,6 +28,8 @@ def interval_attention(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """q (H, T, D), k and v (G, S, D) -> out (H, T, D) and lse (H, T) in float32."""
+    # torch's operator reads each head's values one behind another, and does not check.
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     out, lse = _IntervalAttention.apply(q, k, v, intervals, scale, window, softcap)
     return out, lse
 
@@ -79,6 +81,8 @@ class _IntervalAttention(torch.autograd.Function):
         grad_out, grad_lse = grads
         if grad_out is None:
             grad_out = torch.zeros_like(out)
+        if grad_out.stride(-1) != 1:
+            grad_out = grad_out.contiguous()
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # exp(score - lse) is then 0
         lo, hi = ctx.intervals.bounds(window)
         grad_q = torch.zeros_like(q)

@@ -68,6 +68,9 @@ class Intervals:
     own: Tensor | None = None
     route: str = "auto"
     checked: bool = False
+    stop: int | None = None
+    """No query sees this key or one behind it; None where it was not checked."""
+
     _bounds: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _tiles: dict[int | None, list[Tile]] = field(default_factory=dict)
     _maps: dict[tuple[int | None, int, int, int], BlockMap] = field(default_factory=dict)
@@ -88,6 +91,7 @@ class Intervals:
                 "decrease; order the queries by document and position"
             )
         self.checked = True
+        self.stop = int(self.hi[-1]) if len(self.hi) else 0
 
     @property
     def length(self) -> int:
@@ -100,7 +104,7 @@ class Intervals:
             return self
         own = None if self.own is None else self.own.to(device, non_blocking=True)
         lo, hi = (t.to(device, non_blocking=True) for t in (self.lo, self.hi))
-        return Intervals(lo, hi, own, self.route, self.checked)
+        return Intervals(lo, hi, own, self.route, self.checked, self.stop)
 
     def bounds(self, window: int | None = None) -> tuple[Tensor, Tensor]:
         """(lo, hi) with a sliding window of `window` keys, its own included, applied.

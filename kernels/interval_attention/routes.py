@@ -57,9 +57,11 @@ def interval_attention(
         route: A name in `ROUTES`, or "auto"; that of the intervals by default.
 
     Raises:
-        ValueError: shapes that do not fit, or a forced route that cannot compute this.
+        ValueError: shapes or types that do not fit, keys that are not there, a window without
+            own places, or a forced route that cannot compute this.
     """
     _check(q, k, v, intervals)
+    _check_keys(k.shape[1], intervals, window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     call = Call(q, k, v, intervals.to(q.device), scale, window, softcap)
     return ROUTES[choose(call, route or intervals.route)].run(call)
@@ -96,6 +98,28 @@ def _check(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals) -> None:
             "attention needs q (H, T, D), k and v (G, S, D), H a multiple of G, and T intervals; "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} and "
             f"{intervals.length} intervals"
+        )
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        raise ValueError(
+            "attention needs q, k and v of one type on one device; got "
+            + ", ".join(f"{t.dtype} on {t.device}" for t in (q, k, v))
+        )
+
+
+def _check_keys(keys: int, intervals: Intervals, window: int | None) -> None:
+    if intervals.stop is not None and intervals.stop > keys:
+        raise ValueError(
+            f"intervals must end where the keys do or before; they end at {intervals.stop}, and "
+            f"there are {keys} keys"
+        )
+    if window is None:
+        return
+    if window < 1:
+        raise ValueError(f"a window holds the query's own key at least; got {window}")
+    if intervals.own is None and keys != intervals.length:
+        raise ValueError(
+            f"a window over {keys} keys needs to know which key each of the {intervals.length} "
+            "queries is: give the intervals their `own`"
         )
 
 

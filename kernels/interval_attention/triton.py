@@ -66,13 +66,21 @@ _SMALL = {
     128: Plan(Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1)),
     256: Plan(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
 }
-"""For every other chip."""
+"""For every other chip, the newest for desks among them: they have 64 to 164 KB."""
+
+HOPPER_BYTES = 227 << 10
+"""Shared memory of a program on Hopper."""
+
+OFFSETS = 2**31
+"""The kernels count values of a head in 32 bits."""
 
 
 def plan_for(q: Tensor, softcap: float | None) -> Plan:
     """The tiles for q (H, T, D) on the chip it is on."""
-    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) >= (9, 0):
-        return hopper_plan(q.shape[-1], q.dtype, softcap is not None)
+    if q.device.type == "cuda":
+        chip: Any = torch.cuda.get_device_properties(q.device)
+        if chip.shared_memory_per_block_optin >= HOPPER_BYTES:
+            return hopper_plan(q.shape[-1], q.dtype, softcap is not None)
     return _SMALL[_padded(q.shape[-1])]
 
 
@@ -113,9 +121,16 @@ def interval_attention(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """q (H, T, D), k and v (G, S, D) -> out (H, T, D) and lse (H, T) in float32."""
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    q, k, v = _readable(q), _readable(k), _readable(v)
     out, lse = _IntervalAttention.apply(q, k, v, intervals, scale, window, softcap)
     return out, lse
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """(H, T, D) as the kernels read it: values one behind another, rows within 32-bit offsets."""
+    if tensor.stride(-1) == 1 and tensor.shape[1] * tensor.stride(1) < OFFSETS:
+        return tensor
+    return tensor.contiguous()
 
 
 class _IntervalAttention(torch.autograd.Function):
@@ -134,7 +149,8 @@ class _IntervalAttention(torch.autograd.Function):
         heads, length, size = q.shape
         plan = plan_for(q, softcap)
         # Heads lie inside positions, as transformers wants them back.
-        out = q.new_empty(length, heads, size).transpose(0, 1)
+        near = length * heads * size < OFFSETS
+        out = q.new_empty(length, heads, size).transpose(0, 1) if near else torch.empty_like(q)
         lse = q.new_empty(heads, length, dtype=torch.float32)
         tiles = plan.forward
         blocks = intervals.block_map(window, k.shape[1], tiles.queries, tiles.keys)
@@ -155,8 +171,7 @@ class _IntervalAttention(torch.autograd.Function):
         grad_out, grad_lse = grads
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        if grad_out.stride(-1) != 1:
-            grad_out = grad_out.contiguous()
+        grad_out = _readable(grad_out)
         deltas = _delta(grad_out, out, grad_lse)
         run = _Backward(q, k, v, grad_out, lse, deltas, ctx.intervals, *ctx.options)
         d_q, (d_k, d_v) = run.queries(), run.keys()

@@ -176,13 +176,27 @@ def test_sinks_and_caps_are_those_of_transformers(softcap: float | None) -> None
     [
         ({"position_bias": torch.ones(3)}, "asks attention for 'position_bias'"),
         ({"dropout": 0.1}, r"attention dropout must be 0; it is 0\.1"),
-        ({"visible": EVERYTHING, "softcap": 2.0}, "no layer in which everything is seen"),
-        ({"visible": EVERYTHING, "s_aux": torch.ones(2)}, "no layer in which everything is seen"),
+        ({"indices": torch.ones(3)}, "asks attention for 'indices'"),
+        ({"visible": EVERYTHING, "softcap": 2.0}, r"hides something .*\(a cap\)"),
+        ({"visible": EVERYTHING, "s_aux": torch.ones(2)}, r"hides something .*\(sinks\)"),
+        ({"visible": EVERYTHING, "sliding_window": 2}, r"hides something .*\(a window\)"),
+        ({"visible": EVERYTHING, "is_causal": True}, r"hides something .*\(causality\)"),
+        ({"sliding_window": 0}, "a window holds the query's own key"),
     ],
 )
 def test_what_is_not_computed_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ModelError, match=said):
         attend(nn.Identity(), ROW, ROW, ROW, None, **{"visible": CAUSAL} | options)
+
+
+def test_the_window_of_a_mask_is_that_of_its_layer() -> None:
+    mask = attention._Window(2, None)
+    alone, _ = attend(nn.Identity(), ROW, ROW, ROW, mask, visible=CAUSAL)
+    told, _ = attend(nn.Identity(), ROW, ROW, ROW, mask, visible=CAUSAL, sliding_window=2)
+    plain, _ = attend(nn.Identity(), ROW, ROW, ROW, None, visible=CAUSAL, sliding_window=2)
+    assert torch.equal(alone, plain) and torch.equal(told, plain)
+    with pytest.raises(ModelError, match="a mask of 2 keys beside a window of 3"):
+        attend(nn.Identity(), ROW, ROW, ROW, mask, visible=CAUSAL, sliding_window=3)
 
 
 def test_a_mask_beside_intervals_is_refused() -> None:
@@ -193,7 +207,7 @@ def test_a_mask_beside_intervals_is_refused() -> None:
 def test_a_causal_layer_does_not_see_everything() -> None:
     causal = nn.Module()
     causal.is_causal = True  # type: ignore[assignment]
-    with pytest.raises(ModelError, match="Module is no layer in which everything is seen"):
+    with pytest.raises(ModelError, match=r"Module hides something .*\(causality\)"):
         attend(causal, ROW, ROW, ROW, None, visible=EVERYTHING)
 
 

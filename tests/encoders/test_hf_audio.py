@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from plait.encoders.hf_audio.encoder import HfAudio
+from plait.encoders.hf_audio.model import load_tower
 from plait.encoders.hf_audio.tower import alike
 from plait.encoders.media_encoder import MediaEncoder
 from plait.encoders.projectors import create_pool, create_projector
@@ -46,7 +47,13 @@ def build(family: str) -> tuple[Any, Any]:
             ("layers", 3), ("attention_heads", 2), ("ffn_dim", 24))}  # fmt: skip
         ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 1}
         config = WhisperConfig(
-            d_model=16, num_mel_bins=12, max_source_positions=50, vocab_size=20, **sizes, **ids
+            d_model=16,
+            num_mel_bins=12,
+            max_source_positions=50,
+            vocab_size=20,
+            attention_dropout=0.3,
+            **sizes,
+            **ids,
         )
         extractor = WhisperFeatureExtractor(feature_size=12, chunk_length=1)
         return WhisperForConditionalGeneration(config), extractor
@@ -63,6 +70,7 @@ def build(family: str) -> tuple[Any, Any]:
         "do_stable_layer_norm": layer_norm,
         "conv_bias": layer_norm,
         "vocab_size": 20,
+        "attention_dropout": 0.3,
     }
     extractor = Wav2Vec2FeatureExtractor(do_normalize=layer_norm)
     if family.startswith("wav2vec2"):
@@ -86,6 +94,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
         extractor.save_pretrained(folder)
         made[family] = (folder, model.eval(), extractor)
     return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tower_attends_without_dropout(
+    checkpoints: dict[str, tuple[Path, Any, Any]], family: str
+) -> None:
+    folder, _, _ = checkpoints[family]
+    tower = load_tower(folder, -1, torch.float32)
+    attending = [m.dropout for m in tower.modules() if type(m).__name__.endswith("Attention")]
+    assert len(attending) == 3 and set(attending) == {0.0}
 
 
 def sound(samples: int, seed: int = 0) -> NDArray[np.float32]:

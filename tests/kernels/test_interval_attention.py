@@ -233,6 +233,24 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     for wrong in ((q[:, :5], k, v), (q[:5], k, v), (q, k[..., :8], v), (q, k, v[:, :3])):
         with pytest.raises(ValueError, match=r"attention needs q \(H, T, D\)"):
             interval_attention(*wrong, intervals)
+    with pytest.raises(ValueError, match="of one type on one device"):
+        interval_attention(q, k, v.double(), intervals)
+    with pytest.raises(ValueError, match="they end at 7, and there are 6 keys"):
+        interval_attention(q, k[:, :6], v[:, :6], intervals)
+    with pytest.raises(ValueError, match="give the intervals their `own`"):
+        interval_attention(q, *random_inputs(7, 9)[1:], intervals, window=3)
+    with pytest.raises(ValueError, match="own key at least; got -3"):
+        interval_attention(q, k, v, intervals, window=-3)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_values_of_a_head_need_not_lie_behind_one_another(softcap: float | None) -> None:
+    bounds = CASES["one document"]
+    length = len(bounds[0])
+    inputs = [t.detach().mT.contiguous().mT.requires_grad_() for t in random_inputs(length, length)]
+    assert all(t.stride(-1) != 1 for t in inputs)
+    for with_lse in (False, True):
+        check_against_the_definition(bounds, inputs, ROUTE, softcap=softcap, with_lse=with_lse)
 
 
 def test_a_route_can_be_forced_and_says_why_it_cannot() -> None:

@@ -119,6 +119,17 @@ def test_queries_and_keys_of_different_length() -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
+def test_rows_too_far_apart_for_the_kernels_are_brought_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launches, "OFFSETS", 37 * 16 * 2)  # as if this were two billion
+    inputs = [t.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+              for t in inputs_of(37, 37, torch.float32, 16)]  # fmt: skip
+    assert launches._readable(inputs[0]) is not inputs[0]
+    check(documents([30, 7], [(3, 20)]), inputs)
+
+
+@pytest.mark.usefixtures("small_tiles")
 def test_every_repetition_gives_the_same_bits() -> None:
     lo, hi = CASES["documents and groups"]
     inputs = inputs_of(len(lo), len(lo), torch.float32, 16)

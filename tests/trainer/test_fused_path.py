@@ -16,13 +16,19 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3_5ForCausalLM,
     Qwen3_5TextConfig,
     Qwen3Config,
@@ -30,12 +36,15 @@ from transformers import (
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import (
+    create_bidirectional_sliding_window_mask,
+    create_causal_mask,
+)
 from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
 
 from plait.encoders import attention
 from plait.encoders.attention import EVERYTHING, attending
-from plait.errors import UnknownNameError
+from plait.errors import ModelError, UnknownNameError
 from plait.kernels.interval_attention import Intervals, interval_attention
 from plait.stream import Document, pack
 from plait.trainer.checks import packing_warning
@@ -62,9 +71,25 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         Gemma2Config(**SIZES, **GEMMA, attn_logit_softcapping=0.5, final_logit_softcapping=0.7)
     ),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **GEMMA)),
+    # Both tell a layer's window in its mask alone.
+    "phimoe": lambda: PhimoeForCausalLM(
+        PhimoeConfig(**SIZES, sliding_window=WINDOW, num_local_experts=4)
+    ),
+    "qwen2_moe": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            **SIZES,
+            use_sliding_window=True,
+            sliding_window=WINDOW,
+            num_experts=4,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    ),
 }
 WINDOWED = {"qwen2": {"sliding_attention"}, "mistral": {"all"}, "gemma2": {"sliding_attention"},
-            "gemma3": {"sliding_attention"}}  # fmt: skip
+            "gemma3": {"sliding_attention"}, "qwen2_moe": {"sliding_attention"},
+            "phimoe": {"all"}}  # fmt: skip
 
 
 @pytest.fixture
@@ -295,3 +320,27 @@ def test_a_model_takes_the_attention_route_it_is_given(
     assert routes == ["naive", "naive"]
     with pytest.raises(UnknownNameError, match=r"'navie'.*naive"):
         lab.build(attention="navie")
+    # Built on a CPU before it moves to a GPU; here it never does.
+    flash = lab.build(attention="flash")
+    with pytest.raises(ModelError, match="cannot take the route 'flash'"):
+        flash.model.compute(stream)
+
+
+def test_chunks_and_windows_to_both_sides_are_refused() -> None:
+    attention.register()
+    config = Llama4TextConfig(
+        **SIZES, head_dim=8, attention_chunk_size=4, num_local_experts=2, intermediate_size_mlp=48
+    )
+    model = Llama4ForCausalLM(config)
+    model.set_attn_implementation(attention.NAME)
+    visible = Intervals(torch.zeros(9, dtype=torch.long), torch.arange(1, 10))
+    with pytest.raises(ModelError, match="attention in chunks"):
+        model(input_ids=torch.arange(9)[None], use_cache=False, visible=visible)
+
+    sided = Gemma3TextConfig(**SIZES, **GEMMA)
+    sided._attn_implementation = attention.NAME
+    rows = torch.zeros(1, 9, 32)
+    mask = create_bidirectional_sliding_window_mask(sided, rows, None)
+    heads = torch.zeros(1, 2, 9, 8)
+    with pytest.raises(ModelError, match="a window to both sides"):
+        attention.attend(torch.nn.Identity(), heads, heads, heads, mask, visible=visible)
