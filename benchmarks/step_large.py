@@ -67,7 +67,7 @@ def operations(model: PlaitModel, row: TokenStream) -> float:
     """Multiplications and additions that a step needs: 2 a weight forward, 2 more backward."""
     config = model.language.config
     frozen = trained = 0
-    for name, parameter in model.decoder.named_parameters():
+    for name, parameter in model.backbone.decoder.named_parameters():
         if parameter.ndim == 2 and "embed" not in name:
             frozen += 0 if parameter.requires_grad else parameter.numel()
             trained += parameter.numel() if parameter.requires_grad else 0
@@ -100,11 +100,12 @@ def check(model: PlaitModel, row: TokenStream) -> dict[str, float]:
 
 def plain_loss(model: PlaitModel, row: TokenStream) -> Tensor:
     """The loss by attention in float64 with a dense mask, and from all logits."""
-    route, model.attention_route = model.attention_route, "naive"
+    backbone = model.backbone
+    route, backbone.attention_route = backbone.attention_route, "naive"
     try:
         hidden, _ = model.hidden(row)
     finally:
-        model.attention_route = route
+        backbone.attention_route = route
     index = row.weights.nonzero()[:, 0]
     logits = model.logits(hidden[index.to(hidden.device)])
     targets = row.targets[index].to(hidden.device)

@@ -16,7 +16,7 @@ ADAMW = {
 }
 """The settings of an AdamW step, by name, with the intervals that they lie in."""
 
-SAMPLING = {"temperature": "[0, inf)", "top_p": "(0, 1]"}
+SAMPLING = {"temperature": "[0, inf)", "top_p": "(0, 1]", "min_p": "[0, 1]"}
 """The settings of sampling that are real numbers."""
 
 

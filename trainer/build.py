@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from plait.encoders import attention, projectors, registry, weights
+from plait.encoders.base import Encoder
 from plait.encoders.layouts.plain import PlainLayout
 from plait.encoders.media_encoder import MediaEncoder
 from plait.encoders.quiet import without_loading_bars
@@ -18,6 +20,8 @@ from plait.kernels.interval_attention import ROUTES
 from plait.modalities import Limits
 from plait.stream import Layout
 from plait.trainer import checks
+from plait.trainer.backbone import Backbone
+from plait.trainer.base import Base
 from plait.trainer.lora import add_lora
 from plait.trainer.model import PlaitModel
 from plait.trainer.spec import TOWER_PARTS, EncoderSpec, ModelSpec
@@ -43,11 +47,8 @@ class Built:
     limits: Limits
     """How large a media file may be."""
 
-    packing_difference: float = 0.0
-    """How far packing changes this model's gradients, relatively; see `checks`."""
-
-    packing_refusal: str | None = None
-    """What this model says where it refuses a packed row."""
+    base: Base
+    """What it shares with other runs."""
 
 
 def build(
@@ -57,66 +58,92 @@ def build(
     *,
     trains: bool = True,
 ) -> Built:
-    """Load every part of `spec`; adapters and projectors are drawn from `seed`.
+    """Load every part of `spec`, for one run alone; see `attach`."""
+    return attach(load_base(spec), spec, seed, limits, trains=trains)
 
-    The language model is checked: what it computes here must be what transformers computes, and
-    where packing would change its gradients, `PlaitModel.packs` is switched off.
 
-    Args:
-        trains: False freezes every part: for sampling alone.
+def load_base(spec: ModelSpec) -> Base:
+    """The language model of `spec`, all of it frozen.
 
     Raises:
         ConfigError, FetchError: a name that leads to nothing usable.
         UnknownNameError: an attention route that does not exist.
-        ModelError: a language model that is computed otherwise here than in transformers.
+        ModelError: a language model whose logits are of a kind that is not computed here.
     """
     if spec.attention not in ("auto", *ROUTES):
         raise UnknownNameError("model.attention", spec.attention, ("auto", *ROUTES))
     folder = weights.resolve(spec.language)
-    tokenizer = load_tokenizer(folder, spec.template)
+    tokenizer = load_tokenizer(folder)
     language = load_language(folder, spec.dtype)
     language.requires_grad_(False)
+    return Base(folder, Backbone(language), tokenizer, file_hash(folder))
+
+
+def attach(
+    base: Base,
+    spec: ModelSpec,
+    seed: int,
+    limits: Limits = Limits(),  # noqa: B008  (frozen)
+    *,
+    trains: bool = True,
+    adapter: str = "default",
+) -> Built:
+    """A run of `spec` on a language model; adapters and projectors are drawn from `seed`.
+
+    The first run's language model is checked: what it computes here must be what transformers
+    computes, and where packing would change its gradients, `Backbone.packs` is switched off.
+
+    Args:
+        trains: False freezes every part, for sampling alone; `spec` may then train nothing.
+        adapter: What peft's layers call this run's adapter.
+
+    Raises:
+        ConfigError, FetchError: a name that leads to nothing usable.
+        ModelError: a language model that is computed otherwise here than in transformers.
+    """
+    language = base.backbone.language
+    tokenizer = copy(base.tokenizer)
+    if spec.template is not None:
+        tokenizer.chat_template = spec.template
     lora = None
-    if "language" in spec.train:
-        if spec.lora is None:
-            language.requires_grad_(True).float()
-        else:
-            lora = add_lora(language, language.get_output_embeddings(), spec.lora, seed)
+    if "language" in spec.train and spec.lora is None:
+        language.requires_grad_(trains).float()
+    elif spec.lora is not None and "language" in spec.train:
+        lora = add_lora(language, language.get_output_embeddings(), spec.lora, seed, adapter)
     generator = torch.Generator().manual_seed(seed)
     media = {
-        medium: _media_encoder(encoder, language, spec, generator, limits)
+        medium: _media_encoder(base, medium, spec, generator, limits)
         for medium, encoder in spec.encoders.items()
     }
     _check_media(media)
-    model = PlaitModel(language, {encoder.name: encoder for encoder in media.values()})
-    if not any(True for _ in model.trainable()):
+    encoders = {encoder.name: encoder for encoder in media.values()}
+    model = PlaitModel(base.backbone, encoders, adapter if lora is not None else None)
+    if trains and not any(True for _ in model.trainable()):
         raise ConfigError(
             f"model.train names {', '.join(spec.train)}, but this model has no such part; nothing "
             "would train"
         )
     if not trains:
-        model.requires_grad_(False)
-    hashes = {"language": file_hash(folder), "template": text_hash(tokenizer.chat_template or "")}
+        for _, _, parameter in model.trainable():
+            parameter.requires_grad_(False)
+    hashes = {"language": base.hash, "template": text_hash(tokenizer.chat_template or "")}
     for encoder in media.values():
         hashes[f"encoder:{encoder.name}"] = encoder.fingerprint()
     stamped = [media[medium].name for medium, e in spec.encoders.items() if e.timestamps]
     layout = PlainLayout(media, timestamped=stamped)
-    built = Built(spec, model, tokenizer, layout, lora, hashes, seed, limits)
-    checks.check_language(built)
-    checks.check_packing(built)
-    model.attention_route = spec.attention  # only now: a route may need the device it trains on
+    built = Built(spec, model, tokenizer, layout, lora, hashes, seed, limits, base)
+    checks.check(built)
+    base.backbone.attention_route = spec.attention  # only now: it may need the device it trains on
     return built
 
 
-def load_tokenizer(folder: Path, template: str | None) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} holds no tokenizer that loads: {error}") from error
-    if template is not None:
-        tokenizer.chat_template = template
     return tokenizer
 
 
@@ -162,17 +189,12 @@ def load_language(folder: Path, dtype: str) -> Any:
 
 
 def _media_encoder(
-    spec: EncoderSpec,
-    language: Any,
-    model: ModelSpec,
-    generator: torch.Generator,
-    limits: Limits,
+    base: Base, medium: str, model: ModelSpec, generator: torch.Generator, limits: Limits
 ) -> MediaEncoder:
-    options = dict(spec.options)
-    if spec.weights is not None:
-        options["weights"] = str(weights.resolve(spec.weights))
-    encoder = registry.create(spec.name, **options)
-    embedding = language.get_input_embeddings().weight
+    spec = model.encoders[medium]
+    trains = TOWER_PARTS.get(medium) in model.train
+    encoder = _tower(base, spec, trains)
+    embedding = base.backbone.language.get_input_embeddings().weight
     pool = projectors.pool_of(spec.grid, spec.pool_frames)
     projector = projectors.create_projector(
         spec.projector,
@@ -183,8 +205,20 @@ def _media_encoder(
         **spec.projector_options,
     )
     projector.requires_grad_("projector" in model.train)
-    trains = TOWER_PARTS[encoder.medium] in model.train
     return MediaEncoder(encoder, pool, projector, trains, limits)
+
+
+def _tower(base: Base, spec: EncoderSpec, trains: bool) -> Encoder:
+    """One that trains is the run's own; a frozen one serves all runs of the base."""
+    options = dict(spec.options)
+    if spec.weights is not None:
+        options["weights"] = str(weights.resolve(spec.weights))
+
+    def load() -> Encoder:
+        return registry.create(spec.name, **options)
+
+    key = json.dumps([spec.name, options], sort_keys=True, default=repr)
+    return load() if trains else base.tower(key, load)
 
 
 def _check_media(media: dict[str, MediaEncoder]) -> None:

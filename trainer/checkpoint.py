@@ -202,10 +202,15 @@ def _weight_files(built: Built) -> dict[str, tuple[dict[str, Tensor], str]]:
     """The model's own tensors by the file that holds them, and what to call them."""
     files = {"encoders.safetensors": (_encoder_state(built), "encoders")}
     if built.lora is not None:
-        files["adapter_model.safetensors"] = (adapter_state(built.model.language), "adapter")
+        files["adapter_model.safetensors"] = (_adapter_state(built), "adapter")
     elif "language" in built.spec.train:
         files["language.safetensors"] = (_language_state(built), "language model")
     return files
+
+
+def _adapter_state(built: Built) -> dict[str, Tensor]:
+    assert built.model.adapter is not None
+    return adapter_state(built.model.language, built.model.adapter)
 
 
 def _encoder_state(built: Built) -> dict[str, Tensor]:

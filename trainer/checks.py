@@ -25,6 +25,17 @@ LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e
 _LENGTHS = (20, 33, 27)
 
 
+def check(built: "Built") -> None:
+    """Check the language model of a run, if none of the runs on it was checked before.
+
+    Raises:
+        ModelError: it is not computed as in transformers.
+    """
+    if built.model.backbone.packing_difference is None:
+        check_language(built)
+        check_packing(built)
+
+
 @torch.no_grad()
 def check_language(built: "Built") -> None:
     """The logits of a short random text must be those of transformers' own forward.
@@ -80,30 +91,31 @@ def packing_difference(built: "Built", seed: int = 0) -> float:
 
 def check_packing(built: "Built") -> tuple[bool, float]:
     """Whether this model may be packed, and the difference found; switches packing off if not."""
+    backbone = built.model.backbone
     try:
         difference = packing_difference(built)
     except (ValueError, NotImplementedError) as error:
         # Layers that are not attention are told where documents begin; some say that they can
         # only keep them apart with kernels that are not installed here.
-        built.packing_refusal, difference = str(error), math.inf
-    allowed = TOLERANCE[built.model.output_weight.dtype]
-    built.model.packs = difference <= allowed
-    built.packing_difference = difference
-    return built.model.packs, difference
+        backbone.packing_refusal, difference = str(error), math.inf
+    backbone.packs = difference <= TOLERANCE[backbone.output_weight.dtype]
+    backbone.packing_difference = difference
+    return backbone.packs, difference
 
 
 def packing_warning(built: "Built") -> str | None:
     """What to tell the user where this model cannot be packed."""
-    if built.model.packs:
+    backbone = built.model.backbone
+    if backbone.packs:
         return None
-    if built.packing_refusal is not None:
+    if backbone.packing_refusal is not None:
         return (
-            f"this model cannot read several documents in one row ({built.packing_refusal}); "
+            f"this model cannot read several documents in one row ({backbone.packing_refusal}); "
             "documents run one by one"
         )
     return (
-        f"packing changes this model's gradients by {built.packing_difference:.1e}; documents run "
-        "one by one"
+        f"packing changes this model's gradients by {backbone.packing_difference:.1e}; documents "
+        "run one by one"
     )
 
 

@@ -1,6 +1,8 @@
 """LoRA through peft's layers, named and stored as peft does."""
 
+import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -13,17 +15,32 @@ _PREFIX = "base_model.model."
 
 
 def linear_names(model: nn.Module, output: nn.Module | None) -> list[str]:
-    """The last name components of every linear layer but the output layer."""
+    """The last name components of every linear layer but the output layer.
+
+    Layers that have adapters already count as what they were.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    inside = tuple(f"{name}." for name in adapted)
     names = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not output
+        if isinstance(module, nn.Linear) and module is not output and not name.startswith(inside)
     }
-    return sorted(names)
+    return sorted(names | {name.rsplit(".", 1)[-1] for name in adapted})
 
 
-def add_lora(model: nn.Module, output: nn.Module | None, spec: LoraSpec, seed: int) -> Any:
+def add_lora(
+    model: nn.Module,
+    output: nn.Module | None,
+    spec: LoraSpec,
+    seed: int,
+    adapter: str = "default",
+) -> Any:
     """Put an adapter on `model` in place, drawn from `seed`; returns its peft configuration.
+
+    Adapters that are there stay as they are.
 
     Raises:
         ConfigError: the model has no such layers.
@@ -49,21 +66,59 @@ def add_lora(model: nn.Module, output: nn.Module | None, spec: LoraSpec, seed: i
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):
+    trains = {name: p.requires_grad for name, p in model.named_parameters() if ".lora_" in name}
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, model)
+        inject_adapter_in_model(config, model, adapter)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if f".{adapter}." in name and ".lora_" in name:
             parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        elif name in trains:  # peft freezes all but the newest
+            parameter.requires_grad_(trains[name])
     return config
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+def remove_lora(model: nn.Module, adapter: str) -> None:
+    """Take an adapter off every layer that has it; one that is not there is no error."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            layer: Any = module
+            layer.delete_adapter(adapter)
+    getattr(model, "peft_config", {}).pop(adapter, None)
+
+
+def copy_lora(model: nn.Module, source: str, target: str) -> None:
+    """Give every layer a frozen copy of adapter `source` under the name `target`."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            _copy_entries(module, source, target)
+
+
+def _copy_entries(layer: Any, source: str, target: str) -> None:
+    """All that a layer knows of an adapter stands in mappings by the adapter's name."""
+    for name in layer.adapter_layer_names:
+        held = getattr(layer, name, {})
+        if source in held:
+            held[target] = deepcopy(held[source]).requires_grad_(False)
+    for value in list(vars(layer).values()):
+        if isinstance(value, dict) and source in value:
+            value[target] = value[source]
+    if source in layer.lora_dropout:
+        layer.lora_dropout[target] = nn.Identity()
+
+
+def adapter_state(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     """The adapter's tensors under peft's file names."""
     return {
-        _PREFIX + name.replace(".default.", "."): parameter.detach()
+        _PREFIX + name.replace(f".{adapter}.", "."): parameter.detach()
         for name, parameter in model.named_parameters()
-        if ".lora_" in name
+        if ".lora_" in name and f".{adapter}." in name
     }
 
 

@@ -6,7 +6,7 @@ drive this one module; neither wraps the other.
 Shape letters: T positions of a stream, P positions that are learned, H hidden size.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,9 @@ from plait.errors import ModelError
 from plait.kernels.interval_attention import Intervals
 from plait.kernels.token_logprobs import token_logprobs, weighted_nll
 from plait.stream import TokenStream
+from plait.trainer.backbone import Backbone
 from plait.trainer.losses import WEIGHTED_NLL, loss_named
+from plait.trainer.rows import Deeper, Rows
 from plait.trainer.spec import TOWER_PARTS
 
 
@@ -41,52 +43,52 @@ class PlaitModel(nn.Module):
     """A language model with its media encoders.
 
     Args:
-        language: A transformers causal language model whose attention is "plait".
+        language: A transformers causal language model whose attention is "plait", or a backbone
+            that other runs use too.
         encoders: By encoder name, as spans name them.
+        adapter: This run's among peft's adapters on the language model; None for the base alone.
     """
 
-    def __init__(self, language: Any, encoders: Mapping[str, MediaEncoder]) -> None:
+    def __init__(
+        self,
+        language: Any,
+        encoders: Mapping[str, MediaEncoder],
+        adapter: str | None = "default",
+    ) -> None:
         super().__init__()
-        self.language = language
+        self.backbone = language if isinstance(language, Backbone) else Backbone(language)
+        self.language = self.backbone.language
         self.encoders = nn.ModuleDict(encoders)
-        self.packs = True
+        self.adapter = adapter
+
+    @property
+    def packs(self) -> bool:
         """False where packing would change results; each document then runs alone."""
-        self.attention_route = "auto"
-        """How the language model's attention is computed: "auto" or a name in
-        `plait.kernels.interval_attention.ROUTES`."""
-        self._softcap = _output_softcap(language.config)
-        _refuse_chunks(language.config)
+        return self.backbone.packs
 
     @property
     def device(self) -> torch.device:
-        return self.output_weight.device
+        return self.backbone.device
 
     @property
     def output_weight(self) -> Tensor:
         """(V, H): maps hidden states to logits."""
-        weight: Tensor = self.language.get_output_embeddings().weight
-        return weight
-
-    @property
-    def decoder(self) -> Any:
-        """The language model without its output layer."""
-        return self.language.get_decoder()
+        return self.backbone.output_weight
 
     def media_encoder(self, name: str) -> MediaEncoder:
         encoder = self.encoders[name]
         assert isinstance(encoder, MediaEncoder)
         return encoder
 
-    def embed(self, stream: TokenStream) -> tuple[Tensor, dict[str, Any], Tensor]:
-        """(T, H) input embeddings, keywords for deeper layers, and a zero that touches encoders.
+    def embed(self, stream: TokenStream) -> tuple[Rows, Tensor]:
+        """The stream ready for the language model, and a zero that touches encoders.
 
         Every encoder with something to train is entered exactly once, whatever the stream holds,
         so that ranks with different media still reduce the same gradients.
         """
-        ids = stream.token_ids.to(self.device)
-        rows = self.decoder.get_input_embeddings()(ids.clamp(min=0))
+        rows = self.backbone.embed_tokens(stream.token_ids)
         touched = torch.zeros((), device=self.device)
-        deeper: dict[str, Any] = {}
+        deeper: Deeper | None = None
         for name in self.encoders:
             encoder = self.media_encoder(name)
             batch = stream.media.get(name)
@@ -106,61 +108,29 @@ class PlaitModel(nn.Module):
                 f"the stream has spans for encoder {sorted(unknown)[0]!r}, which this model lacks; "
                 f"it has: {', '.join(self.encoders.keys()) or 'none'}"
             )
-        return rows, deeper, touched
+        visible = Intervals(*stream.visible)
+        adapters = [self.adapter] * len(stream.bounds)
+        return Rows(rows, stream.positions, visible, stream.bounds, adapters, deeper), touched
 
-    def hidden(self, stream: TokenStream, cache: Any = None, visible: Intervals | None = None
-               ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """(T, H) last hidden states, and the zero of `embed`.
-
-        Args:
-            cache: A transformers cache that receives the row's keys and values.
-            visible: Key intervals where they are not the stream's own (with a cache).
-        """
-        rows, deeper, touched = self.embed(stream)
-        if self.packs or cache is not None or len(stream.bounds) == 1:
-            visible = visible or Intervals(*stream.visible)
-            deeper |= _document_bounds(stream.bounds, self.device)
-            return self._decode(rows, stream.positions, visible, deeper, cache), touched
-        if deeper:
-            raise ModelError("a model with deeper media layers must pack; its packing check failed")
-        parts = []
-        for start, stop in stream.bounds:
-            visible = Intervals(*(stream.visible[:, start:stop] - start))
-            positions = stream.positions[..., start:stop]
-            parts.append(self._decode(rows[start:stop], positions, visible, {}, None))
-        return torch.cat(parts), touched
-
-    def _decode(
-        self,
-        rows: Tensor,
-        positions: Tensor,
-        visible: Intervals,
-        keywords: dict[str, Any],
-        cache: Any,
-    ) -> Tensor:
-        positions = positions.to(self.device)
-        visible.route = self.attention_route
-        output: Tensor = self.decoder(
-            inputs_embeds=rows[None],
-            position_ids=positions[None] if positions.ndim == 1 else positions[:, None],
-            past_key_values=cache,
-            use_cache=cache is not None,
-            visible=visible.to(self.device),
-            **keywords,
-        ).last_hidden_state[0]
-        return output
+    def hidden(self, stream: TokenStream) -> tuple[Tensor, Tensor]:
+        """(T, H) last hidden states, and the zero of `embed`."""
+        rows, touched = self.embed(stream)
+        pieces = [rows] if self.packs else rows.apart()
+        hidden = []
+        for piece in pieces:
+            with self.backbone.adapters_of(piece):
+                hidden.append(self.backbone.read(piece))
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden), touched
 
     def logprobs_at(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """hidden (P, H), targets (P,) -> logprobs (P,) in float32."""
         weight = self.output_weight
         hidden = hidden.to(weight.dtype)
-        return token_logprobs(hidden, weight, targets, softcap=self._softcap).logprobs
+        return token_logprobs(hidden, weight, targets, softcap=self.backbone.softcap).logprobs
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(P, H) -> (P, V) in float32; for the few positions that are sampled from."""
-        logits = nn.functional.linear(hidden.to(self.output_weight.dtype), self.output_weight)
-        logits = logits.float()
-        return logits if self._softcap is None else self._softcap * (logits / self._softcap).tanh()
+        return self.backbone.logits(hidden)
 
     def compute(self, stream: TokenStream, everywhere: bool = False) -> Sums:
         """The loss sum of a stream; never normalised.
@@ -194,7 +164,7 @@ class PlaitModel(nn.Module):
         if set(stream.loss) <= {WEIGHTED_NLL}:
             head = self.output_weight
             total, logprobs = weighted_nll(
-                hidden.to(head.dtype), head, targets, weights, softcap=self._softcap
+                hidden.to(head.dtype), head, targets, weights, softcap=self.backbone.softcap
             )
             return total, -logprobs * weights, logprobs
         logprobs = self.logprobs_at(hidden, targets)
@@ -217,10 +187,18 @@ class PlaitModel(nn.Module):
         return losses
 
     def trainable(self) -> Iterator[tuple[str, str, nn.Parameter]]:
-        """(part, name, parameter) of all that trains, in a stable order."""
+        """(part, name, parameter) of all that trains, in a stable order.
+
+        An adapter's parameters have the names that they would have if it were the only one.
+        """
+        mine = f".{self.adapter}."
         for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
+            if not parameter.requires_grad:
+                continue
+            if ".lora_" not in name:
                 yield self.part_of(name), name, parameter
+            elif mine in name:
+                yield self.part_of(name), name.replace(mine, ".default."), parameter
 
     def part_of(self, name: str) -> str:
         """The part ("language", "projector", "vision", ...) that a parameter's name belongs to."""
@@ -233,35 +211,9 @@ class PlaitModel(nn.Module):
         return TOWER_PARTS[self.media_encoder(encoder).encoder.medium]
 
 
-def _deeper_layers(
-    stream: TokenStream, layers: list[tuple[Tensor, ...]], source: Tensor
-) -> dict[str, Any]:
-    """Deepstack: features added to the hidden states after the first layers."""
-    stacked = [torch.cat(parts)[source] for parts in zip(*layers, strict=True)]
-    return {
-        "visual_pos_masks": stream.is_media[None].to(source.device),
-        "deepstack_visual_embeds": stacked,
-    }
-
-
-def _document_bounds(bounds: Sequence[tuple[int, int]], device: torch.device) -> dict[str, Any]:
-    """Where documents begin, for layers that are not attention and read transformers' keywords.
-
-    A family whose layers read none of them mixes documents; the packing check finds it.
-    """
-    if len(bounds) == 1:
-        return {}
-    lengths = torch.tensor([stop - start for start, stop in bounds])
-    ends = torch.tensor([0, *(stop for _, stop in bounds)], dtype=torch.int32, device=device)
-    number = torch.arange(len(bounds), dtype=torch.int32).repeat_interleave(lengths)
-    longest = int(lengths.max())
-    return {
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
-        "max_length_q": longest,
-        "max_length_k": longest,
-        "seq_idx": number[None].to(device),
-    }
+def _deeper_layers(stream: TokenStream, layers: list[tuple[Tensor, ...]], source: Tensor) -> Deeper:
+    stacked = tuple(torch.cat(parts)[source] for parts in zip(*layers, strict=True))
+    return Deeper(stream.is_media.to(source.device), stacked)
 
 
 def _per_document(stream: TokenStream, index: Tensor, losses: Tensor) -> list[tuple[float, float]]:
@@ -271,27 +223,3 @@ def _per_document(stream: TokenStream, index: Tensor, losses: Tensor) -> list[tu
         (float(sums[start:stop].sum()), float(stream.weights[start:stop].double().sum()))
         for start, stop in stream.bounds
     ]
-
-
-_SCALES_LOGITS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-
-
-def _output_softcap(config: Any) -> float | None:
-    text = config.get_text_config()
-    for name in _SCALES_LOGITS:
-        if getattr(text, name, None) not in (None, 1, 1.0):
-            raise ModelError(
-                f"this language model scales its logits ({name}={getattr(text, name)}), which is "
-                "not supported yet; choose another family"
-            )
-    softcap: float | None = getattr(text, "final_logit_softcapping", None)
-    return softcap
-
-
-def _refuse_chunks(config: Any) -> None:
-    """Such layers keep their chunks in a mask, which interval attention does not read."""
-    if "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
-        raise ModelError(
-            "this language model attends in chunks (layer type 'chunked_attention'), which is not "
-            "supported yet; choose another family"
-        )

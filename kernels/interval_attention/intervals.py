@@ -48,6 +48,15 @@ class BlockMap(NamedTuple):
     keys: Tensor
 
 
+class Linked(NamedTuple):
+    """Keys that some queries see besides their own interval: `queries` (P,) int64, and the
+    intervals of these P, in an order in which they never decrease.
+    """
+
+    queries: Tensor
+    intervals: "Intervals"
+
+
 @dataclass(slots=True, eq=False)
 class Intervals:
     """`lo`, `hi` (T,) int64: query i sees keys [lo[i], hi[i]). Built once per batch.
@@ -61,6 +70,8 @@ class Intervals:
             where it is not given.
         route: How attention over these intervals is computed; see `routes.ROUTES`.
         checked: The rule above was checked already; on a GPU, checking would wait for it.
+        links: Further keys of some queries, none of which they see already: a prompt that several
+            sequences continue. Not together with a window.
     """
 
     lo: Tensor
@@ -70,6 +81,8 @@ class Intervals:
     checked: bool = False
     stop: int | None = None
     """No query sees this key or one behind it; None where it was not checked."""
+
+    links: tuple[Linked, ...] = ()
 
     _bounds: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _tiles: dict[int | None, list[Tile]] = field(default_factory=dict)
@@ -104,7 +117,11 @@ class Intervals:
             return self
         own = None if self.own is None else self.own.to(device, non_blocking=True)
         lo, hi = (t.to(device, non_blocking=True) for t in (self.lo, self.hi))
-        return Intervals(lo, hi, own, self.route, self.checked, self.stop)
+        links = tuple(
+            Linked(queries.to(device, non_blocking=True), intervals.to(device))
+            for queries, intervals in self.links
+        )
+        return Intervals(lo, hi, own, self.route, self.checked, self.stop, links)
 
     def bounds(self, window: int | None = None) -> tuple[Tensor, Tensor]:
         """(lo, hi) with a sliding window of `window` keys, its own included, applied.
@@ -217,7 +234,9 @@ def _cuts(lo: Tensor, hi: Tensor) -> list[tuple[int, int]]:
         if joined:
             together = (stop - joined[-1][0]) * (high - opened)
             small = together <= TILE_QUERIES**2 and stop - joined[-1][0] <= TILE_QUERIES
-            if small and (together <= 2 * (used + area) or together <= 64**2):
+            # Single queries, as in decoding, have a tile each: it reads no key for nothing.
+            tiny = together <= 64**2 and stop - start > 1
+            if small and (together <= 2 * (used + area) or tiny):
                 joined[-1] = (joined[-1][0], stop)
                 used += area
                 continue

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from plait.kernels.interval_attention import cpu, naive
-from plait.kernels.interval_attention.intervals import Intervals
+from plait.kernels.interval_attention.intervals import Intervals, Linked
+from plait.kernels.interval_attention.merging import merge
 
 
 class Call(NamedTuple):
@@ -64,7 +65,24 @@ def interval_attention(
     _check_keys(k.shape[1], intervals, window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     call = Call(q, k, v, intervals.to(q.device), scale, window, softcap)
-    return ROUTES[choose(call, route or intervals.route)].run(call)
+    route = route or intervals.route
+    out, lse = ROUTES[choose(call, route)].run(call)
+    for linked in call.intervals.links:
+        out, lse = _with_link(out, lse, call, linked, route)
+    return out, lse
+
+
+def _with_link(
+    out: Tensor, lse: Tensor, call: Call, linked: Linked, route: str
+) -> tuple[Tensor, Tensor]:
+    """Join what some queries see elsewhere to what they saw already."""
+    queries, intervals = linked
+    more = interval_attention(
+        call.q[:, queries], call.k, call.v, intervals,
+        scale=call.scale, softcap=call.softcap, route=route,
+    )  # fmt: skip
+    joined, sums = merge(out[:, queries], lse[:, queries], *more)
+    return out.index_copy(1, queries, joined), lse.index_copy(1, queries, sums)
 
 
 def choose(call: Call, route: str) -> str:
@@ -114,6 +132,8 @@ def _check_keys(keys: int, intervals: Intervals, window: int | None) -> None:
         )
     if window is None:
         return
+    if intervals.links:
+        raise ValueError("a window counts keys in one stretch; copy what links would point to")
     if window < 1:
         raise ValueError(f"a window holds the query's own key at least; got {window}")
     if intervals.own is None and keys != intervals.length:

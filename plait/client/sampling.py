@@ -12,7 +12,7 @@ from plait.errors import ModelError
 from plait.ranges import check_number
 from plait.trainer.engine import commands
 from plait.trainer.engine.controller import Engine
-from plait.trainer.sampling.sampler import SamplerSettings
+from plait.trainer.sampling.settings import SamplerSettings
 from plait.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
 
 

@@ -29,7 +29,7 @@ class DropsKeywords(nn.Module):
 
 def test_a_family_that_drops_the_intervals_is_refused(lab: Any) -> None:
     built = lab.build()
-    layers = built.model.decoder.layers
+    layers = built.model.backbone.decoder.layers
     layers[1].self_attn = DropsKeywords(layers[1].self_attn)
     with pytest.raises(ModelError, match=r"LlamaAttention.*`visible`.*attention\.attending"):
         built.model.compute(lab.stream(built, lab.samples))

@@ -114,7 +114,7 @@ def test_a_client_packs_only_what_may_be_packed(lab: Any, convolving: str, tmp_p
 
 def test_a_model_that_packs_needs_no_warning(lab: Any) -> None:
     built = lab.build()
-    assert built.model.packs and built.packing_difference < 1e-5
+    assert built.model.packs and built.model.backbone.packing_difference < 1e-5
     assert packing_warning(built) is None
 
 

@@ -20,7 +20,7 @@ from plait.trainer.config import TrainConfig, config_from
 from plait.trainer.engine import commands
 from plait.trainer.engine.controller import Engine, EngineSettings
 from plait.trainer.optimiser import StepSettings, make_optimizer, prepare_step
-from plait.trainer.sampling.sampler import SamplerSettings
+from plait.trainer.sampling.settings import SamplerSettings
 from plait.trainer.schedule import settings_at
 from plait.trainer.spec import LoraSpec
 

@@ -25,7 +25,7 @@ from plait.trainer.evaluation.nll import gap, nll, per_token
 from plait.trainer.evaluation.reader import Reader, groups_within
 from plait.trainer.evaluation.suite import Suite
 from plait.trainer.evaluation.words import word_error_rate
-from plait.trainer.sampling.continuation import read_on
+from plait.trainer.sampling.branches import Branches
 
 CLASSES = ["disc", "a big bar", "square"]
 
@@ -72,7 +72,7 @@ def test_class_accuracy_equals_reading_every_class_alone(
     with torch.no_grad():
         built.model.output_weight.mul_(8)
         built.model.media_encoder("hf_vision").projector.out.weight.mul_(30)
-    built.model.packs = packs
+    built.model.backbone.packs = packs
     samples = labelled(lab)
     best = [naive_best(lab, built, sample) for sample in samples]
     # The samples are labelled with what was found for them, but for three.
@@ -102,7 +102,7 @@ def test_only_classes_that_can_win_are_read_to_their_end(lab: Any) -> None:
     whole, ceiling = torch.empty_like(scores), torch.empty_like(scores)
     for row, (document, item_inputs) in enumerate(loaded):
         for column, name in enumerate(names):
-            alone = read_on(built.model, built.layout, [document], [item_inputs], [1], 8)
+            alone = Branches(built.model, built.layout, [document], [item_inputs], [1], 8)
             hidden = torch.cat([alone.last_hidden(), alone.push([name], [0])])[:-1]
             steps = built.model.logits(hidden).log_softmax(-1)[range(len(name)), name].detach()
             whole[row, column], ceiling[row, column] = steps.sum(), steps[0]

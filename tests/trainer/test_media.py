@@ -30,7 +30,8 @@ from plait.stream import (
 from plait.trainer.build import Built
 from plait.trainer.engine.inputs import document_from
 from plait.trainer.model import PlaitModel
-from plait.trainer.sampling.sampler import SamplerSettings, generate
+from plait.trainer.sampling.generating import generate
+from plait.trainer.sampling.settings import SamplerSettings
 
 RATE = 8000
 

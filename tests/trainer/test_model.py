@@ -250,7 +250,7 @@ def test_code_in_a_checkpoint_never_runs(lab: Any, tmp_path: Path) -> None:
     unknown = booby_trap(lab.language, tmp_path / "odd", marker, model_type="odd")
     for load in (load_tokenizer, load_language):
         try:
-            load(unknown, None if load is load_tokenizer else "float32")  # type: ignore[operator]
+            load(unknown, *([] if load is load_tokenizer else ["float32"]))  # type: ignore[operator]
         except PlaitError as error:
             assert str(unknown) in str(error)
         else:

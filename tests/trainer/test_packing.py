@@ -18,8 +18,9 @@ from transformers import (
 
 from plait.kernels.interval_attention import Intervals
 from plait.trainer.checks import TOLERANCE, check_packing, packing_difference
-from plait.trainer.sampling.continuation import Continuation
-from plait.trainer.sampling.sampler import SamplerSettings, generate
+from plait.trainer.sampling.branches import Branches
+from plait.trainer.sampling.generating import generate
+from plait.trainer.sampling.settings import SamplerSettings
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320,
@@ -137,7 +138,7 @@ class Leaky(nn.Module):
 
 
 def leak(built: Any) -> None:
-    first = built.model.decoder.layers[0]
+    first = built.model.backbone.decoder.layers[0]
     first.mlp = Leaky(first.mlp)
 
 
@@ -151,7 +152,7 @@ def test_a_model_that_mixes_documents_runs_unpacked(lab: Any) -> None:
     alone, expected = lab.gradients(built, [lab.stream(built, [s]) for s in lab.samples])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
     assert (gradient - expected).norm() <= 1e-5 * expected.norm()
-    built.model.packs = True
+    built.model.backbone.packs = True
     mixed, _ = lab.gradients(built, [lab.stream(built, lab.samples)])
     assert (mixed - alone).abs().max() > 1e-3
 
@@ -168,7 +169,7 @@ def test_a_model_that_mixes_documents_samples_one_row_at_a_time(lab: Any) -> Non
     for prompt, loaded, rows in zip(prompts, inputs, made, strict=True):
         tokens: list[int] = []
         for _ in range(4):
-            continuation = Continuation(
+            continuation = Branches(
                 built.model, built.layout, [lab.extended(prompt, tokens)], [loaded], [1], 1
             )
             with torch.no_grad():

@@ -37,8 +37,9 @@ from plait.stream import (
     render,
 )
 from plait.trainer.model import PlaitModel
-from plait.trainer.sampling.continuation import Continuation
-from plait.trainer.sampling.sampler import SamplerSettings, generate
+from plait.trainer.sampling.branches import Branches
+from plait.trainer.sampling.generating import generate
+from plait.trainer.sampling.settings import SamplerSettings
 
 SPECIAL = [
     "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -249,7 +250,7 @@ def test_decoding_through_our_cache_equals_transformers(
     """Packed prompts of which some are continued twice; three steps, of one token and of two."""
     prompts, inputs = rendered(ours, layout, tokenizer, list(SAMPLES.values()), prompt=True)
     copies = [1, 2, 1, 2, 1]
-    continuation = Continuation(ours, layout, prompts, inputs, copies, room=4)
+    continuation = Branches(ours, layout, prompts, inputs, copies, room=4)
     sequences = [p for p, n in enumerate(copies) for _ in range(n)]
     with torch.no_grad():
         steps = [ours.logits(continuation.last_hidden())]

@@ -8,11 +8,13 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from plait.errors import ConfigError
+from plait.errors import ConfigError, DataError
 from plait.stream import Document, pack
 from plait.trainer.build import Built
 from plait.trainer.sampling import sampler
-from plait.trainer.sampling.sampler import Generated, SamplerSettings, generate
+from plait.trainer.sampling.generating import generate
+from plait.trainer.sampling.requests import Generated
+from plait.trainer.sampling.settings import SamplerSettings
 
 STEPS = 6
 
@@ -187,10 +189,15 @@ def test_stop_texts_come_beside_the_end_token(lab: Any) -> None:
 def test_tokens_without_a_bound_fill_the_context(lab: Any, monkeypatch: Any) -> None:
     built = lab.build()
     prompts, _ = lab.documents(built, lab.samples[:2], for_generation=True)
-    longest = max(prompt.length for prompt in prompts)
-    built.model.language.config.max_position_embeddings = longest + 9
+    lengths = [prompt.length for prompt in prompts]
+    context = max(lengths) + 9
+    built.model.language.config.max_position_embeddings = context
     rows = sample(lab, built, [0, 1], max_tokens=None)
-    assert {len(row[0].tokens) for row in rows} == {9}
+    assert [len(row[0].tokens) for row in rows] == [context - length for length in lengths]
+    with pytest.raises(
+        DataError, match=rf"context of {context} tokens.*{lengths[0]} and {context}"
+    ):
+        sample(lab, built, [0], max_tokens=context)
     monkeypatch.setattr(sampler, "MOST_TOKENS", 4)
     rows = sample(lab, built, [0, 1], max_tokens=None)
     assert {len(row[0].tokens) for row in rows} == {4}

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from plait.stream import Document
 from plait.trainer.optimiser import StepSettings
-from plait.trainer.sampling.sampler import Generated, SamplerSettings
+from plait.trainer.sampling.requests import Generated
+from plait.trainer.sampling.settings import SamplerSettings
 
 
 @dataclass(frozen=True, slots=True)

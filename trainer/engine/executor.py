@@ -30,7 +30,8 @@ from plait.trainer.engine.commands import (
 )
 from plait.trainer.model import Sums
 from plait.trainer.optimiser import make_optimizer, prepare_step, refuse_untrained
-from plait.trainer.sampling.sampler import Generated, generate
+from plait.trainer.sampling.generating import generate
+from plait.trainer.sampling.requests import Generated
 
 _PROCESS_RANDOM = threading.Lock()
 

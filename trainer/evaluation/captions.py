@@ -7,7 +7,8 @@ from plait.stream import Layout, Sample
 from plait.trainer.evaluation.classes import prompt_of
 from plait.trainer.evaluation.reader import Reader
 from plait.trainer.model import PlaitModel
-from plait.trainer.sampling.sampler import SamplerSettings, generate
+from plait.trainer.sampling.generating import generate
+from plait.trainer.sampling.settings import SamplerSettings
 
 PROMPTS_AT_ONCE = 16
 

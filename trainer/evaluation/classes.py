@@ -9,7 +9,7 @@ import torch
 from plait.stream import Layout, Sample
 from plait.trainer.evaluation.reader import Reader
 from plait.trainer.model import PlaitModel
-from plait.trainer.sampling.continuation import read_on
+from plait.trainer.sampling.branches import Branches
 
 PROMPTS_AT_ONCE = 8
 
@@ -55,10 +55,10 @@ def _scores(
     """
     documents, inputs = zip(*prompts, strict=True)
     copies, room = [len(names)] * len(prompts), max(len(name) for name in names)
-    continuation = read_on(model, layout, documents, inputs, copies, room)
+    branches = Branches(model, layout, documents, inputs, copies, room)
     tokens = [name for _ in prompts for name in names]
     first = torch.tensor([name[0] for name in tokens])
-    ceiling = _logprobs(model, continuation.last_hidden(), first).view(len(prompts), len(names))
+    ceiling = _logprobs(model, branches.last_hidden(), first).view(len(prompts), len(names))
     scores = torch.full_like(ceiling, -torch.inf)
 
     def read(rows: torch.Tensor) -> None:
@@ -67,7 +67,7 @@ def _scores(
         longer = [row for row in rows.tolist() if len(tokens[row]) > 1]
         if longer:
             # The last token predicts nothing that is asked.
-            hidden = continuation.push([tokens[row][:-1] for row in longer], longer)
+            hidden = branches.push([tokens[row][:-1] for row in longer], longer)
             targets = torch.tensor([token for row in longer for token in tokens[row][1:]])
             owners = torch.tensor([row for row in longer for _ in tokens[row][1:]])
             scores.view(-1).index_add_(0, owners, _logprobs(model, hidden, targets))

@@ -1,9 +1,8 @@
-"""A key-value cache with a stretch per sequence, read through interval attention.
+"""Keys and values of many sequences in one buffer of slots, read through interval attention.
 
-One buffer holds every sequence: sequence s owns keys [base[s], base[s] + capacity[s]). Prefill
-writes packed prompts, decoding writes one token per sequence, and in both the keys a query sees
-are one interval, so no padding and no mask is needed. Shape letters: G key heads, S slots of the
-buffer, T positions written now, D head size.
+A sequence owns a stretch of slots, so that the keys that a query sees are one interval: no
+padding, no mask and no table of pages. Shape letters: G key heads, S slots, T positions written
+now, D head size.
 """
 
 from typing import Any, cast
@@ -13,18 +12,19 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class _StretchLayer(CacheLayerMixin):
+class _SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, written at the slots that the cache points to."""
 
     keys: Tensor
     values: Tensor
 
-    def __init__(self, owner: "StretchCache") -> None:
+    def __init__(self, owner: "SlotCache") -> None:
         super().__init__()
         self.owner = owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         size = self.owner.size
+        # Zeros, not whatever memory holds: a mask does not hide a NaN.
         self.keys = key_states.new_zeros(1, key_states.shape[1], size, key_states.shape[3])
         self.values = value_states.new_zeros(1, value_states.shape[1], size, value_states.shape[3])
         self.is_initialized = True
@@ -35,9 +35,13 @@ class _StretchLayer(CacheLayerMixin):
         """Write (1, G, T, D) at the current slots; returns the whole buffer (1, G, S, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys[:, :, self.owner.slots] = key_states
-        self.values[:, :, self.owner.slots] = value_states
+        self.keys.index_copy_(2, self.owner.slots, key_states)
+        self.values.index_copy_(2, self.owner.slots, value_states)
         return self.keys, self.values
+
+    def grow(self, size: int) -> None:
+        if self.is_initialized:
+            self.keys, self.values = (_longer(t, size) for t in (self.keys, self.values))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.owner.size, 0
@@ -52,18 +56,43 @@ class _StretchLayer(CacheLayerMixin):
         return self.owner.size
 
 
-class StretchCache(Cache):
-    """Room for sequences of the given capacities; `slots` (T,) says where the next keys go."""
+def _longer(tensor: Tensor, size: int) -> Tensor:
+    """(1, G, S, D) with S = `size`; what is added is 0."""
+    longer = tensor.new_zeros(*tensor.shape[:2], size, tensor.shape[3])
+    longer[:, :, : tensor.shape[2]] = tensor
+    return longer
 
-    def __init__(self, layers: int, capacities: list[int]) -> None:
-        self.base = torch.tensor([0, *capacities]).cumsum(0)[:-1]
-        self.size = sum(capacities)
+
+class SlotCache(Cache):
+    """`size` slots in every layer; `slots` (T,), on the model's device, says where the next keys
+    go. Buffers are made when the first keys arrive, whose type and number of heads they take.
+    """
+
+    def __init__(self, layers: int, size: int) -> None:
+        self.size = size
         self.slots = torch.empty(0, dtype=torch.long)
-        super().__init__(layers=[_StretchLayer(self) for _ in range(layers)])
+        super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
 
-    def copy_stretch(self, source: int, target: int, length: int) -> None:
-        """Give sequence `target` the first `length` keys of sequence `source`."""
-        a, b = int(self.base[source]), int(self.base[target])
-        for layer in cast(list[_StretchLayer], self.layers):
-            layer.keys[:, :, b : b + length] = layer.keys[:, :, a : a + length]
-            layer.values[:, :, b : b + length] = layer.values[:, :, a : a + length]
+    def grow(self, size: int) -> None:
+        """Add slots at the end; what is written stays."""
+        if size > self.size:
+            self.size = size
+            for layer in cast(list[_SlotLayer], self.layers):
+                layer.grow(size)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the `length` slots from `source` on to `target` on."""
+        if not length:
+            return
+        for layer in cast(list[_SlotLayer], self.layers):
+            for held in (layer.keys, layer.values):
+                held[:, :, target : target + length] = held[:, :, source : source + length]
+
+
+def slot_bytes(config: Any, element_bytes: int) -> int:
+    """Bytes of one slot in all layers, from a language model's configuration."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    return int(2 * text.num_hidden_layers * groups * size * element_bytes)

@@ -1,151 +1,413 @@
-"""Greedy and random sampling from a cached continuation, with the model's own logprobs.
+"""Continuous batching: every step reads one row of whatever is next, for all requests at once.
 
-Shape letters: B sequences, V tokens of the vocabulary.
+A step's row holds the last token of each sample that grows, and chunks of the prompts that are
+still read. Requests come and go between steps; weights, settings and media may all differ.
+
+Shape letters: T positions of a prompt, H hidden size, V vocabulary.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from plait.ranges import SAMPLING, check_number, check_numbers
-from plait.stream import Document, ItemInputs, Layout
+from plait.errors import DataError, ModelError
+from plait.stream import pack
+from plait.trainer.backbone import Backbone
 from plait.trainer.model import PlaitModel
-from plait.trainer.sampling.continuation import read_on
+from plait.trainer.sampling.choosing import Draws, choose
+from plait.trainer.sampling.memory import KeyMemory, Memory, Piece, Place, RowMemory
+from plait.trainer.sampling.prefixes import (
+    SHORTEST,
+    Prefixes,
+    last_cut,
+    next_cut,
+    position_keys,
+)
+from plait.trainer.sampling.requests import (
+    Continuation,
+    Generated,
+    Job,
+    Prompt,
+    PromptScores,
+    Request,
+)
+from plait.trainer.sampling.scoring import score_prompt
+from plait.trainer.sampling.settings import MOST_TOKENS
 from plait.trainer.sampling.stopping import Stops
 
-MOST_TOKENS = 1024
-"""Tokens of a sequence whose length nobody bounds, in a model with room for more."""
+SLOTS = 16_384
+"""Positions that a sampler keeps where nobody says how many."""
+
+CHUNK = 512
+"""Positions of a step's row, but for samples that grow: a longer prompt is read in several steps,
+beside which the others go on."""
+
+MOST_RUNNING = 256
+"""Samples that grow at a time."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplerSettings:
-    """How tokens are chosen."""
+class Sampler:
+    """Samples from all models that share one language model. Not thread-safe.
 
-    max_tokens: int | None = 64
-    """Tokens generated at most, the stop token included; None is what the model's context has room
-    for after the longest prompt, and never over `MOST_TOKENS`."""
-
-    temperature: float = 1.0
-    """0 takes the most probable token; otherwise logits are divided by it before drawing."""
-
-    top_k: int = -1
-    """Draw from this many of the most probable tokens; -1 is no limit."""
-
-    top_p: float = 1.0
-    """Draw from the fewest tokens that hold this share of what `top_k` left; 1 is no limit."""
-
-    seed: int = 0
-    """Each sequence draws from a generator of its own, made of the seed and of its number among
-    the samples of its prompt, so that what is sampled beside it changes nothing."""
-
-    stop: tuple[int | str, ...] | None = None
-    """Token ids or texts that end a sequence; None is the tokenizer's end token, () stops at
-    nothing. Ids take the end token's place, texts come beside it."""
-
-    def __post_init__(self) -> None:
-        if self.max_tokens is not None:
-            check_number("max_tokens", self.max_tokens, "[1, inf)", whole=True)
-        if self.top_k != -1:
-            check_number("top_k, where it is not -1,", self.top_k, "[1, inf)", whole=True)
-        check_number("seed", self.seed, "[0, inf)", whole=True)
-        check_numbers(self, SAMPLING)
-
-
-@dataclass(slots=True)
-class Generated:
-    """Tokens with their logprobs under the raw distribution; `stopped` by one of its ends."""
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    stopped: bool = False
-
-
-@torch.inference_mode()
-def generate(
-    model: PlaitModel,
-    tokenizer: Any,
-    layout: Layout,
-    prompts: Sequence[Document],
-    inputs: Sequence[Sequence[ItemInputs]],
-    settings: SamplerSettings,
-    samples: int = 1,
-) -> list[list[Generated]]:
-    """`samples` continuations of each prompt.
-
-    Logprobs are of the raw distribution (temperature 1, nothing banned), as the trainer computes
-    them. Media ids, and ids that the tokenizer does not have, are never generated.
+    Args:
+        slots: Positions kept at most; a request waits until there is room for all that it may
+            become.
+        chunk: Positions of prompts that a step reads; None reads each in one.
+        share: Whether prompts that begin alike are read once.
     """
-    model.eval()
-    copies = [samples] * len(prompts)
-    room = _room(model, prompts, settings)
-    continuation = read_on(model, layout, prompts, inputs, copies, room)
-    rows = [Generated() for _ in range(sum(copies))]
-    draws = [
-        torch.Generator().manual_seed((settings.seed * 1_000_003 + number) % 2**63)
-        for _ in prompts
-        for number in range(samples)
-    ]
-    stops = Stops(tokenizer, settings.stop)
-    banned = _banned(model, tokenizer, layout)
-    active, hidden = list(range(len(rows))), continuation.last_hidden()
-    while active:
-        logits = model.logits(hidden)
-        raw = logits.log_softmax(-1)
-        allowed = logits.masked_fill(banned, -torch.inf)
-        chosen = _choose(allowed, settings, [draws[i] for i in active])
-        for place, (row, token) in enumerate(zip(active, chosen, strict=True)):
-            rows[row].tokens.append(token)
-            rows[row].logprobs.append(float(raw[place, token]))
-            rows[row].stopped = stops.reached(rows[row].tokens)
-        going = [i for i in active if not rows[i].stopped and len(rows[i].tokens) < room]
-        if going:
-            hidden = continuation.push([[rows[i].tokens[-1]] for i in going], going)
-        active = going
-    grouped = iter(rows)
-    return [[next(grouped) for _ in range(samples)] for _ in prompts]
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        slots: int = SLOTS,
+        chunk: int | None = CHUNK,
+        share: bool = True,
+    ) -> None:
+        self.backbone = backbone
+        self.memory: Memory = (KeyMemory if backbone.packs else RowMemory)(backbone, slots)
+        self.chunk = chunk if backbone.packs else None
+        self.prefixes = Prefixes(self.memory)
+        self._share = share and backbone.packs
+        self._waiting: deque[Job] = deque()
+        self._jobs: list[Job] = []
+        """Those that have room, in the order in which they got it."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do something."""
+        return bool(self._waiting or self._jobs)
+
+    def add(
+        self,
+        request: Request,
+        done: Callable[[list[Generated], PromptScores | None], None],
+        failed: Callable[[BaseException], None],
+    ) -> Job:
+        """Queue a request; one of the two functions is called when it ends, from `step`.
+
+        Raises:
+            DataError: it is larger than the model's context, or than the room there is.
+        """
+        prompt, most = request.prompt, most_tokens(self.backbone, request)
+        least = self.memory.needed(prompt.length, most - 1, 1 if request.samples == 1 else 2)
+        if least > self.memory.slots:
+            raise DataError(
+                f"a prompt and what is sampled must fit into the sampler's cache, which holds "
+                f"{self.memory.slots} positions; {prompt.length} tokens and {most} new ones need "
+                f"{least}: lower max_tokens, or give the engine more memory for sampling",
+                prompt.origin,
+            )
+        first = request.layout.decode_position(prompt.positions)
+        stops = Stops(request.tokenizer, request.settings.stop)
+        job = Job(request, stops, most, _banned(request), first, done, failed)
+        if request.prompt_logprobs:
+            job.scores = PromptScores()
+        self._waiting.append(job)
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """End a request at the beginning of the next step; harmless for one that is done."""
+        job.cancelled = True
+
+    def forget(self, model: PlaitModel) -> None:
+        """Give up what was read with a model's weights."""
+        self.prefixes.forget(id(model))
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Admit what there is room for, read one row, choose tokens."""
+        self._drop_cancelled()
+        self._admit()
+        work = list(self._work())
+        if work:
+            self._advance(work, self._read(work))
+        elif self._waiting and not self._jobs:  # never, while `add` counts as `_open` does
+            self._fail(self._waiting[0], ModelError("the sampler's cache has no room for this"))
+        self._start_samples()
+
+    def run(self) -> None:
+        """Step until nothing is left."""
+        while self.busy:
+            self.step()
+
+    def _drop_cancelled(self) -> None:
+        for job in [job for job in (*self._waiting, *self._jobs) if job.cancelled]:
+            self._fail(job, CancelledError("the request was cancelled"))
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        self._release(job)
+        job.failed(error)
+
+    def _release(self, job: Job) -> None:
+        if job in self._waiting:
+            self._waiting.remove(job)
+        if job in self._jobs:
+            self._jobs.remove(job)
+        for sample in job.running:
+            if sample.owns_place:
+                self.memory.close(sample.place)
+        job.running.clear()
+        if job.reserved is not None:
+            self.memory.close(job.reserved)
+            job.reserved = None
+        if job.prompt is not None and job.prompt.place is not None:
+            if job.prompt.end is None:  # nobody will read the rest of it
+                self.prefixes.remove(job.prompt.place)
+            self.memory.close(job.prompt.place)
+            job.prompt.place = None
+
+    def _admit(self) -> None:
+        """Give room to those that wait, owner by owner, until one finds none."""
+        for job in _by_turns(self._waiting):
+            if sum(len(other.running) for other in self._jobs) >= MOST_RUNNING:
+                return
+            try:
+                if job.prompt is None:
+                    job.prompt = _embedded(job.request)
+                admitted = self._open(job, job.prompt)
+            except Exception as error:
+                self._fail(job, error)
+                continue
+            if admitted is None:  # what it begins with is being read for another
+                continue
+            if not admitted:
+                return
+            self._waiting.remove(job)
+            self._jobs.append(job)
+
+    def _open(self, job: Job, prompt: Prompt) -> bool | None:
+        """Whether there was room for the prompt; None where waiting for another's is better."""
+        length, weights = len(prompt.keys), id(job.request.model)
+        known, common = (None, 0)
+        if self._share and not job.request.prompt_logprobs:
+            known, common = self.prefixes.find(weights, prompt.keys)
+            common = last_cut(prompt.hi.numpy(), min(common, length - 1))
+        shared = 0
+        if known is not None and common >= SHORTEST:
+            shared = min(common, known.place.length)
+            if shared < common:
+                return None
+        capacity = length - shared + (job.most - 1 if job.request.samples == 1 else 0)
+        source = known.place if known is not None and shared else None
+        if source is not None:
+            source.users += 1  # so that making room does not take it
+        try:
+            place = self._place(capacity, source, shared)
+        finally:
+            if source is not None:
+                self.memory.close(source)
+        if place is None:
+            return False
+        if job.request.samples > 1:
+            # Its first sample's room at once: else prompts could take all of it, and none go on.
+            job.reserved = self._place(job.most - 1, place, length)
+            if job.reserved is None:
+                self.memory.close(place)
+                return False
+        prompt.place, prompt.read = place, shared
+        if self._share:
+            self.prefixes.keep(weights, prompt.keys, place)
+        return True
+
+    def _place(self, capacity: int, source: Place | None, length: int) -> Place | None:
+        """Room, for which places that nobody uses are given up."""
+        place = self.memory.open(capacity, source, length)
+        while place is None and self.prefixes.drop():
+            place = self.memory.open(capacity, source, length)
+        return place
+
+    def _work(self) -> Iterator[tuple[Job, Continuation | None, Piece]]:
+        """The pieces of the next row: samples that grow, then chunks of prompts."""
+        grown = 0
+        for job in self._jobs:
+            for sample in job.running:
+                grown += 1
+                yield job, sample, _next_token(job, sample)
+        left = None if self.chunk is None else max(1, self.chunk - grown)
+        for job in self._jobs:
+            prompt = job.prompt
+            if prompt is None or prompt.end is not None or left == 0:
+                continue
+            hi = prompt.hi.numpy()
+            stop = len(hi) if left is None else next_cut(hi, prompt.read, left)
+            yield job, None, _chunk(job, prompt, stop)
+            if left is not None:
+                left = max(0, left - (stop - prompt.read))
+
+    def _read(self, work: Sequence[tuple[Job, Any, Piece]]) -> list[Tensor | None]:
+        """The hidden states of each piece; None for those whose request failed."""
+        try:
+            return list(self.memory.read([piece for *_, piece in work]))
+        except Exception as error:
+            if len({id(job) for job, *_ in work}) == 1:
+                self._fail(work[0][0], error)
+                return [None] * len(work)
+        # One of several is at fault: each for itself.
+        hidden: list[Tensor | None] = []
+        for job, group in groupby(work, key=lambda one: one[0]):
+            pieces = list(group)
+            hidden += self._read(pieces) if job in self._jobs else [None] * len(pieces)
+        return hidden
+
+    def _advance(
+        self, work: Sequence[tuple[Job, Continuation | None, Piece]], hidden: list[Tensor | None]
+    ) -> None:
+        """Note what was read, and choose the next token of each sample that grows."""
+        growing: list[tuple[Job, Continuation, Tensor]] = []
+        for (job, sample, piece), states in zip(work, hidden, strict=True):
+            if states is None:
+                continue
+            if sample is not None:
+                growing.append((job, sample, states[-1]))
+            elif job.prompt is not None:
+                self._note_chunk(job, job.prompt, piece, states)
+        self._choose(growing)
+
+    def _note_chunk(self, job: Job, prompt: Prompt, piece: Piece, states: Tensor) -> None:
+        if job.scores is not None:
+            score_prompt(job.request, job.scores, prompt.read, states)
+        prompt.read += piece.length
+        if prompt.read == len(prompt.hi):
+            prompt.end = states[-1]
+            prompt.embeddings = prompt.embeddings[:0]
+
+    def _start_samples(self) -> None:
+        """Begin the samples of prompts that are read, as many as there is room for."""
+        beginning: list[tuple[Job, Continuation, Tensor]] = []
+        for job in self._jobs:
+            prompt = job.prompt
+            while prompt and prompt.end is not None and job.started < job.request.samples:
+                sample = self._begun(job, prompt)
+                if sample is None:
+                    break
+                job.running.append(sample)
+                beginning.append((job, sample, prompt.end))
+        self._choose(beginning)
+
+    def _begun(self, job: Job, prompt: Prompt) -> Continuation | None:
+        """The next sample of a job; None where there is no room for it now."""
+        assert prompt.place is not None
+        alone = job.request.samples == 1
+        place: Place | None = prompt.place
+        if not alone:
+            place = job.reserved or self._place(job.most - 1, prompt.place, len(prompt.hi))
+            job.reserved = None
+        if place is None:
+            return None
+        number, job.started = job.started, job.started + 1
+        draws = Draws(job.request.settings.seed, number)
+        return Continuation(number, draws, place, owns_place=not alone)
+
+    def _choose(self, growing: Sequence[tuple[Job, Continuation, Tensor]]) -> None:
+        by_vocabulary: dict[tuple[int, ...], list[tuple[Job, Continuation, Tensor]]] = {}
+        for one in growing:
+            by_vocabulary.setdefault(one[0].banned, []).append(one)
+        for banned, some in by_vocabulary.items():
+            logits = self.backbone.logits(torch.stack([hidden for *_, hidden in some]))
+            tokens, logprobs = choose(
+                logits,
+                [job.request.settings for job, *_ in some],
+                [sample.draws for _, sample, _ in some],
+                torch.tensor(banned, dtype=torch.long, device=logits.device),
+            )
+            for (job, sample, _), token, logprob in zip(some, tokens, logprobs, strict=True):
+                if job in self._jobs:  # not one that another of its samples has ended
+                    self._append(job, sample, token, logprob)
+
+    def _append(self, job: Job, sample: Continuation, token: int, logprob: float) -> None:
+        made = sample.made
+        made.tokens.append(token)
+        made.logprobs.append(logprob)
+        if job.request.on_token is not None:
+            try:
+                job.request.on_token(sample.number, token, logprob)
+            except Exception as error:  # the caller's own: the others go on
+                self._fail(job, error)
+                return
+        made.stopped = job.stops.reached(made.tokens)
+        if not made.stopped and len(made.tokens) < job.most:
+            return
+        job.running.remove(sample)
+        if sample.owns_place:
+            self.memory.close(sample.place)
+        job.finished[sample.number] = made
+        if len(job.finished) == job.request.samples:
+            self._release(job)
+            job.done([job.finished[number] for number in range(len(job.finished))], job.scores)
 
 
-def _banned(model: PlaitModel, tokenizer: Any, layout: Layout) -> Tensor:
-    """(V,) bool: media ids, and rows of a padded vocabulary that no token has."""
-    size = model.output_weight.shape[0]
-    banned = torch.arange(size) >= len(tokenizer)
-    for token in layout.banned_ids:
-        banned[token] = True
-    return banned.to(model.device)
+def _by_turns(jobs: Sequence[Job]) -> list[Job]:
+    """The first of each owner, then the second of each: none waits for another's whole queue."""
+    place: dict[str, int] = {}
+    ranked = []
+    for number, job in enumerate(jobs):
+        owner = job.request.owner
+        place[owner] = place.get(owner, -1) + 1
+        ranked.append((place[owner], number, job))
+    return [job for *_, job in sorted(ranked, key=lambda one: one[:2])]
 
 
-def _room(model: PlaitModel, prompts: Sequence[Document], settings: SamplerSettings) -> int:
-    if settings.max_tokens is not None:
-        return settings.max_tokens
-    config = model.language.config.get_text_config()
-    context: int | None = getattr(config, "max_position_embeddings", None)
+def _embedded(request: Request) -> Prompt:
+    request.model.eval()
+    rows, _ = request.model.embed(pack([request.prompt], [request.inputs]))
+    keys = position_keys(request.prompt)
+    return Prompt(rows.embeddings, rows.positions, rows.visible.hi, rows.deeper, keys)
+
+
+def _next_token(job: Job, sample: Continuation) -> Piece:
+    """The last token of a sample, which nothing has read yet."""
+    backbone = job.request.model.backbone
+    token = torch.tensor([sample.made.tokens[-1]])
+    position = torch.tensor([job.first_position + len(sample.made.tokens) - 1])
+    length = sample.place.length
+    return Piece(
+        sample.place,
+        backbone.embed_tokens(token),
+        position if job.request.prompt.positions.ndim == 1 else position.expand(3, -1),
+        torch.tensor([length + 1]),
+        job.request.model.adapter,
+    )
+
+
+def _chunk(job: Job, prompt: Prompt, stop: int) -> Piece:
+    assert prompt.place is not None
+    start = prompt.read
+    return Piece(
+        prompt.place,
+        prompt.embeddings[start:stop],
+        prompt.positions[..., start:stop],
+        prompt.hi[start:stop],
+        job.request.model.adapter,
+        prompt.deeper.part(start, stop) if prompt.deeper else None,
+    )
+
+
+def _banned(request: Request) -> tuple[int, ...]:
+    """Media ids, and rows of a padded vocabulary that no token has."""
+    size = request.model.output_weight.shape[0]
+    return tuple(sorted({*request.layout.banned_ids, *range(len(request.tokenizer), size)}))
+
+
+def most_tokens(backbone: Backbone, request: Request) -> int:
+    """Tokens that each sample may have.
+
+    Raises:
+        DataError: the prompt, or it and what is asked for, is longer than the model's context.
+    """
+    asked, length, context = request.settings.max_tokens, request.prompt.length, backbone.context
     if context is None:
-        return MOST_TOKENS
-    return max(1, min(MOST_TOKENS, context - max(prompt.length for prompt in prompts)))
-
-
-def _choose(
-    logits: Tensor, settings: SamplerSettings, draws: Sequence[torch.Generator]
-) -> list[int]:
-    if settings.temperature == 0:
-        return [int(token) for token in logits.argmax(-1)]
-    probabilities = (logits / settings.temperature).softmax(-1).cpu()
-    return [
-        int(torch.multinomial(row, 1, generator=draw))
-        for row, draw in zip(_likeliest(probabilities, settings), draws, strict=True)
-    ]
-
-
-def _likeliest(probabilities: Tensor, settings: SamplerSettings) -> Tensor:
-    """(B, V): what `top_k` and then `top_p` leave, not scaled to 1 again; the rest is 0."""
-    if settings.top_k == -1 and settings.top_p == 1:
-        return probabilities
-    values, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    if settings.top_k != -1:
-        values[:, settings.top_k :] = 0
-    before = values.cumsum(-1) - values
-    values[before >= settings.top_p * values.sum(-1, keepdim=True)] = 0
-    return torch.zeros_like(probabilities).scatter_(-1, order, values)
+        return asked or MOST_TOKENS
+    if length + (asked or 1) > context:
+        wanted = f" and {asked} new ones" if asked else ""
+        raise DataError(
+            f"a prompt and what is sampled must fit into the model's context of {context} tokens; "
+            f"this asks for {length}{wanted}: shorten it, or lower max_tokens",
+            request.prompt.origin,
+        )
+    return asked or min(MOST_TOKENS, context - length)

@@ -15,20 +15,24 @@ class Stops:
         self.tokenizer = tokenizer
         self.texts = tuple(entry for entry in stop or () if isinstance(entry, str))
         self.tokens = {entry for entry in stop or () if isinstance(entry, int)}
+        self._looked_at = 8 + max((len(text.encode()) for text in self.texts), default=0)
         if (stop is None or self.texts) and tokenizer.eos_token_id is not None:
             self.tokens.add(tokenizer.eos_token_id)
 
     def reached(self, tokens: Sequence[int]) -> bool:
         """Whether the last of these generated tokens is the sequence's end.
 
-        The whole text is decoded each time: a token may be part of a character, and a text may
-        begin in any token before.
+        As many tokens are decoded as the longest text has bytes, and some: a token may be part of
+        a character, a text may begin in any token before, and a decoder may strip the space that
+        its first token begins with.
         """
         if tokens[-1] in self.tokens:
             return True
         if not self.texts:
             return False
         text = self.tokenizer.decode(
-            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            tokens[-self._looked_at :],
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
         )
         return any(stop in text for stop in self.texts)

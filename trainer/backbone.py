@@ -1,0 +1,169 @@
+"""The language model that many runs share: one copy of its weights, any number of adapters.
+
+Shape letters: T positions of a row, P some of them, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plait.errors import ModelError
+from plait.trainer.grouped_lora import GroupedLora
+from plait.trainer.rows import Rows
+
+
+class Backbone:
+    """A transformers causal language model whose attention is "plait", as rows run through it.
+
+    Args:
+        language: Runs add their adapters to it; its own weights belong to all of them.
+
+    Raises:
+        ModelError: its logits, or its attention, are of a kind that is not computed here.
+    """
+
+    def __init__(self, language: Any) -> None:
+        self.language = language
+        self.packs = True
+        """False where packing would change results; each document then runs alone."""
+
+        self.packing_difference: float | None = None
+        """How far packing changes gradients, relatively; None before it was measured."""
+
+        self.packing_refusal: str | None = None
+        """What the model says where it refuses a packed row."""
+
+        self.attention_route = "auto"
+        """How attention is computed: "auto" or a name in
+        `plait.kernels.interval_attention.ROUTES`."""
+
+        self.shared: GroupedLora | None = None
+        """Chooses adapters by document, once several runs share this model; until then peft's
+        layers use the one that is active."""
+
+        self.softcap = _output_softcap(language.config)
+        _refuse_chunks(language.config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.output_weight.device
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, H): maps hidden states to logits."""
+        weight: Tensor = self.language.get_output_embeddings().weight
+        return weight
+
+    @property
+    def decoder(self) -> Any:
+        """The language model without its output layer."""
+        return self.language.get_decoder()
+
+    @property
+    def layers(self) -> int:
+        """Layers, as many as a cache of keys has."""
+        count: int = self.language.config.get_text_config().num_hidden_layers
+        return count
+
+    @property
+    def context(self) -> int | None:
+        """Positions that the model was made for; None where its configuration does not say."""
+        config = self.language.config.get_text_config()
+        positions: int | None = getattr(config, "max_position_embeddings", None)
+        return positions
+
+    def share(self) -> GroupedLora:
+        """From now on documents choose their adapters; idempotent."""
+        if self.shared is None:
+            self.shared = GroupedLora(self.language)
+        return self.shared
+
+    def embed_tokens(self, token_ids: Tensor) -> Tensor:
+        """(T,) -> (T, H); ids below 0, where media stand, give the first token's."""
+        rows: Tensor = self.decoder.get_input_embeddings()(token_ids.to(self.device).clamp(min=0))
+        return rows
+
+    @contextmanager
+    def adapters_of(self, rows: Rows) -> Iterator[None]:
+        """Inside, the rows' documents have their adapters.
+
+        A backward pass belongs inside too: gradient checkpointing computes layers again in it.
+        """
+        if self.shared is None:
+            with nullcontext():
+                yield
+            return
+        with self.shared.on(rows.adapters, rows.bounds, rows.length):
+            yield
+
+    def read(self, rows: Rows, cache: Any = None) -> Tensor:
+        """(T, H) last hidden states. Call it inside of `adapters_of(rows)`.
+
+        Args:
+            cache: A transformers cache that receives the rows' keys and values.
+        """
+        positions = rows.positions.to(self.device)
+        rows.visible.route = self.attention_route
+        output: Tensor = self.decoder(
+            inputs_embeds=rows.embeddings[None],
+            position_ids=positions[None] if positions.ndim == 1 else positions[:, None],
+            past_key_values=cache,
+            use_cache=cache is not None,
+            visible=rows.visible.to(self.device),
+            **_document_bounds(rows.bounds, self.device),
+            **(rows.deeper.keywords() if rows.deeper else {}),
+        ).last_hidden_state[0]
+        return output
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(P, H) -> (P, V) in float32; for the few positions that are sampled from."""
+        logits = nn.functional.linear(hidden.to(self.output_weight.dtype), self.output_weight)
+        logits = logits.float()
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+
+def _document_bounds(bounds: Sequence[tuple[int, int]], device: torch.device) -> dict[str, Any]:
+    """Where documents begin, for layers that are not attention and read transformers' keywords.
+
+    A family whose layers read none of them mixes documents; the packing check finds it.
+    """
+    if len(bounds) == 1:
+        return {}
+    lengths = torch.tensor([stop - start for start, stop in bounds])
+    ends = torch.tensor([0, *(stop for _, stop in bounds)], dtype=torch.int32, device=device)
+    number = torch.arange(len(bounds), dtype=torch.int32).repeat_interleave(lengths)
+    longest = int(lengths.max())
+    return {
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "seq_idx": number[None].to(device),
+    }
+
+
+_SCALES_LOGITS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+def _output_softcap(config: Any) -> float | None:
+    text = config.get_text_config()
+    for name in _SCALES_LOGITS:
+        if getattr(text, name, None) not in (None, 1, 1.0):
+            raise ModelError(
+                f"this language model scales its logits ({name}={getattr(text, name)}), which is "
+                "not supported yet; choose another family"
+            )
+    softcap: float | None = getattr(text, "final_logit_softcapping", None)
+    return softcap
+
+
+def _refuse_chunks(config: Any) -> None:
+    """Such layers keep their chunks in a mask, which interval attention does not read."""
+    if "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
+        raise ModelError(
+            "this language model attends in chunks (layer type 'chunked_attention'), which is not "
+            "supported yet; choose another family"
+        )
