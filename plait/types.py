@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plait.errors import ConfigError, DataError, Origin, UnknownNameError
+from plait.loss_inputs import INPUTS
 from plait.modalities import Audio, Image, MediaPart, Video
 from plait.ranges import ADAMW, SAMPLING, check_number, check_numbers, is_number
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 Dtype = Literal["float32", "int64"]
-
-LOSS_INPUTS: dict[str, Dtype] = {"target_tokens": "int64", "weights": "float32"}
-"""Inputs that the losses read, with their types."""
 
 
 FORMATS = {"png": ("PNG",), "jpeg": ("JPEG", "MPO")}
@@ -196,8 +194,9 @@ class ModelInput:
 class Datum:
     """One training example: what is read, and what the loss needs at each position.
 
-    `loss_fn_inputs["target_tokens"][i]` is the token after position i; media positions have target
-    0 and weight 0. Lists and arrays are taken too.
+    `loss_fn_inputs["target_tokens"][i]` is the token after position i, or K tokens with a weight
+    each; media positions have target 0 and weight 0. Which further inputs there are is the loss's
+    to say. Lists and arrays are taken too.
     """
 
     model_input: ModelInput
@@ -206,13 +205,13 @@ class Datum:
     def __post_init__(self) -> None:
         inputs = {}
         for name, value in self.loss_fn_inputs.items():
-            if name not in LOSS_INPUTS:
-                raise UnknownNameError("loss input", name, LOSS_INPUTS)
+            if name not in INPUTS:
+                raise UnknownNameError("loss input", name, INPUTS)
             inputs[name] = value if isinstance(value, TensorData) else _tensor(name, value)
-            if len(inputs[name].shape) != 1:
+            if len(inputs[name].shape) not in (1, 2):
                 raise DataError(
-                    f"loss input {name!r} has one value per position; its shape is "
-                    f"{inputs[name].shape}"
+                    f"loss input {name!r} has one value per position, or one per target of it; "
+                    f"its shape is {inputs[name].shape}"
                 )
         object.__setattr__(self, "loss_fn_inputs", inputs)
 
@@ -220,15 +219,15 @@ class Datum:
 def _tensor(name: str, value: Any) -> TensorData:
     if hasattr(value, "detach"):
         return TensorData.from_torch(value)
-    return TensorData(np.asarray(value), LOSS_INPUTS[name])
+    return TensorData(np.asarray(value), INPUTS[name])
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamParams:
     """One AdamW step, with the Tinker API's defaults.
 
-    `part_learning_rates` ("language", "projector", "vision", ...) is Plait's: rates of parts that
-    should not use `learning_rate`.
+    `part_learning_rates` and `part_weight_decays` ("language", "projector", "vision", ...) are
+    Plait's: numbers of parts that should not use `learning_rate` or `weight_decay`.
     """
 
     learning_rate: float = 1e-4
@@ -238,11 +237,40 @@ class AdamParams:
     weight_decay: float = 0.0
     grad_clip_norm: float = 0.0
     part_learning_rates: Mapping[str, float] = field(default_factory=dict)
+    part_weight_decays: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_numbers(self, ADAMW)
-        for part, rate in self.part_learning_rates.items():
-            check_number(f"part_learning_rates[{part!r}]", rate, ADAMW["learning_rate"])
+        _check_parts("part_learning_rates", self.part_learning_rates)
+        _check_parts("part_weight_decays", self.part_weight_decays)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerParams:
+    """One step of another of torch's optimisers: "sgd", "adafactor", "rmsprop", ...
+
+    `options` are the optimiser's own arguments, `{"momentum": 0.9}` for example. A run keeps the
+    optimiser that it began with.
+    """
+
+    optimizer: str
+    learning_rate: float
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+    part_learning_rates: Mapping[str, float] = field(default_factory=dict)
+    part_weight_decays: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "weight_decay", "grad_clip_norm"):
+            check_number(name, getattr(self, name), ADAMW[name])
+        _check_parts("part_learning_rates", self.part_learning_rates)
+        _check_parts("part_weight_decays", self.part_weight_decays)
+
+
+def _check_parts(name: str, values: Mapping[str, float]) -> None:
+    for part, value in values.items():
+        check_number(f"{name}[{part!r}]", value, "[0, inf)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +300,9 @@ class SamplingParams:
 
     top_p: float = 1.0
     """Draw from the fewest tokens that hold this share of the probability; 1 is no limit."""
+
+    min_p: float = 0.0
+    """Draw from tokens at least this many times as probable as the most probable one."""
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -323,9 +354,10 @@ class SaveWeightsResponse:
 
 @dataclass(frozen=True)
 class LoadWeightsResponse:
-    """The path that was loaded."""
+    """The path that was loaded, and the `cursor` that was saved with it."""
 
     path: str
+    cursor: Any = None
 
 
 @dataclass(frozen=True)
@@ -339,9 +371,23 @@ class SampledSequence:
 
 @dataclass(frozen=True)
 class SampleResponse:
-    """One sequence per sample asked for."""
+    """One sequence per sample asked for, and what the model thinks of the prompt's own tokens."""
 
     sequences: list[SampledSequence]
+    prompt_logprobs: list[float | None] | None = None
+    """Of each token given those before it, where asked for; None for the first, and for media."""
+
+    topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
+    """The likeliest tokens in each of these places, with their logprobs, where asked for."""
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """A token as it comes: `sequence` numbers the samples of the prompt."""
+
+    sequence: int
+    token: int
+    logprob: float
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class Backbone:
         """Chooses adapters by document, once several runs share this model; until then peft's
         layers use the one that is active."""
 
+        self._own_modules = list(language.modules())
         self.softcap = _output_softcap(language.config)
         _refuse_chunks(language.config)
 
@@ -75,11 +76,35 @@ class Backbone:
         positions: int | None = getattr(config, "max_position_embeddings", None)
         return positions
 
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one position's keys and values, from the configuration."""
+        text = self.language.config.get_text_config()
+        heads = text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        groups = getattr(text, "num_key_value_heads", None) or heads
+        element = self.output_weight.element_size()
+        return int(2 * text.num_hidden_layers * groups * size * element)
+
     def share(self) -> GroupedLora:
         """From now on documents choose their adapters; idempotent."""
         if self.shared is None:
             self.shared = GroupedLora(self.language)
         return self.shared
+
+    def adapters_changed(self) -> None:
+        """To be called when an adapter was added or removed."""
+        if self.shared is not None:
+            self.shared.refresh()
+
+    def train(self, mode: bool) -> None:
+        """Switch the model between training and evaluation, if it is not there already.
+
+        What belongs to adapters is left alone: there may be many, most of them idle.
+        """
+        if self.language.training != mode:
+            for module in self._own_modules:
+                module.training = mode
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """(T,) -> (T, H); ids below 0, where media stand, give the first token's."""

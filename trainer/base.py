@@ -9,7 +9,7 @@ from plait.encoders.base import Encoder
 from plait.trainer.backbone import Backbone
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class Base:
     """A language model in memory, and what any number of runs on it have in common."""
 

@@ -50,6 +50,16 @@ class Built:
     base: Base
     """What it shares with other runs."""
 
+    @property
+    def trains_language(self) -> bool:
+        """Whether the language model itself trains, which nobody else can then use."""
+        return trains_language(self.spec)
+
+
+def trains_language(spec: ModelSpec) -> bool:
+    """Whether a run of `spec` needs a language model of its own."""
+    return "language" in spec.train and spec.lora is None
+
 
 def build(
     spec: ModelSpec,
@@ -106,10 +116,13 @@ def attach(
     if spec.template is not None:
         tokenizer.chat_template = spec.template
     lora = None
-    if "language" in spec.train and spec.lora is None:
+    if trains_language(spec):
         language.requires_grad_(trains).float()
     elif spec.lora is not None and "language" in spec.train:
+        if adapter != "default":
+            base.backbone.share()
         lora = add_lora(language, language.get_output_embeddings(), spec.lora, seed, adapter)
+        base.backbone.adapters_changed()
     generator = torch.Generator().manual_seed(seed)
     media = {
         medium: _media_encoder(base, medium, spec, generator, limits)

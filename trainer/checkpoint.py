@@ -7,8 +7,9 @@
       language.safetensors         only where the whole language model trains
       encoders.safetensors         projectors, and towers that train
       template.jinja               the chat template that rendered the training rows
-      optimizer.safetensors        )  only in checkpoints to resume from
-      state.json                   )
+      optimizer.safetensors        )
+      gradients.safetensors        )  only in checkpoints to resume from; gradients where some
+      state.json                   )  are pending
 
 No file is a pickle and none is executed.
 """
@@ -31,8 +32,10 @@ from plait.errors import CheckpointError, DamagedCheckpointError
 from plait.trainer.build import Built
 from plait.trainer.files import new_folder, write_json
 from plait.trainer.lora import adapter_state, check_exactly, copy
+from plait.trainer.optimiser import ADAM_W, OPTIMIZERS
 
 FORMAT = 1
+_STATE_FILES = {"optimizer.safetensors", "gradients.safetensors"}
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
 
 
@@ -49,6 +52,15 @@ class State:
 
     extra: dict[str, Any] = field(default_factory=dict)
     """The loader's state and whatever the caller keeps; plain JSON."""
+
+    kind: str = ADAM_W
+    """Of the optimiser, in `plait.trainer.optimiser.OPTIMIZERS`."""
+
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    """Those that no step has used yet, by parameter."""
+
+    pending_weight: float = 0.0
+    """What they were summed over."""
 
 
 def save(
@@ -161,9 +173,18 @@ def delete(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def capture(optimizer: torch.optim.Optimizer, step: int, random: Tensor, **extra: Any) -> State:
-    """The present state of a run at the end of a step; `random` is what dropout draws from."""
-    return State(step, optimizer.state_dict(), random, extra)
+def capture(
+    optimizer: torch.optim.Optimizer | None, step: int, random: Tensor, **extra: Any
+) -> State:
+    """The present state of a run, before its first step without an optimiser.
+
+    Args:
+        random: What dropout draws from.
+    """
+    if optimizer is None:
+        return State(step, {"state": {}, "param_groups": []}, random, extra)
+    kind = next(name for name, made in OPTIMIZERS.items() if type(optimizer) is made)
+    return State(step, optimizer.state_dict(), random, extra, kind)
 
 
 def check_state(folder: Path, state: State | None, optimizer: torch.optim.Optimizer) -> None:
@@ -178,7 +199,7 @@ def check_state(folder: Path, state: State | None, optimizer: torch.optim.Optimi
         [(group["part"], group["decays"], len(group["params"])) for group in groups]
         for groups in (state.optimizer["param_groups"], optimizer.param_groups)
     )
-    if saved != mine:
+    if saved and saved != mine:
         trained, training = (
             ", ".join(sorted({part for part, _, _ in groups})) for groups in (saved, mine)
         )
@@ -237,14 +258,20 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _write_state(folder: Path, state: State) -> None:
     tensors: dict[str, Tensor] = {"random": state.random}
-    plain: dict[str, dict[str, Any]] = {}
     for number, values in state.optimizer["state"].items():
         for name, value in values.items():
             tensors[f"{number}.{name}"] = value
     groups = [dict(group) for group in state.optimizer["param_groups"]]
-    plain["optimizer"] = {"param_groups": groups}
     save_file(_contiguous(tensors), folder / "optimizer.safetensors")
-    write_json(folder / "state.json", {"step": state.step, **plain, "extra": state.extra})
+    if state.gradients:
+        save_file(_contiguous(state.gradients), folder / "gradients.safetensors")
+    plain = {
+        "step": state.step,
+        "optimizer": {"kind": state.kind, "param_groups": groups},
+        "pending_weight": state.pending_weight,
+        "extra": state.extra,
+    }
+    write_json(folder / "state.json", plain)
 
 
 def _read_state(folder: Path, tensors: Mapping[str, dict[str, Tensor]]) -> State | None:
@@ -257,16 +284,25 @@ def _read_state(folder: Path, tensors: Mapping[str, dict[str, Tensor]]) -> State
     for name, tensor in held.items():
         number, _, key = name.partition(".")
         values.setdefault(int(number), {})[key] = tensor
-    groups = plain["optimizer"]["param_groups"]
-    for group in groups:
-        group["betas"] = tuple(group["betas"])
-    optimizer = {"state": values, "param_groups": groups}
-    return State(int(plain["step"]), optimizer, random, plain["extra"])
+    groups = [
+        {key: tuple(value) if isinstance(value, list) and key != "params" else value
+         for key, value in group.items()}
+        for group in plain["optimizer"]["param_groups"]
+    ]  # fmt: skip
+    return State(
+        int(plain["step"]),
+        {"state": values, "param_groups": groups},
+        random,
+        plain["extra"],
+        plain["optimizer"]["kind"],
+        dict(tensors.get("gradients.safetensors", {})),
+        float(plain["pending_weight"]),
+    )
 
 
 def _check_present(folder: Path, built: Built, tensors: Mapping[str, Any]) -> None:
     """The model must take all that was trained, and find all that it trains."""
-    needed, held = set(_weight_files(built)), set(tensors) - {"optimizer.safetensors"}
+    needed, held = set(_weight_files(built)), set(tensors) - _STATE_FILES
     for name in sorted(needed ^ held):
         if name in needed:
             raise CheckpointError(

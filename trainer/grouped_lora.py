@@ -105,10 +105,11 @@ class GroupedLora:
         """Layers whose last forward, but for those that checkpointing repeats, was inside `on`."""
 
         self._said: set[tuple[str, str]] = set()
-        self._replace()
+        self._known: set[str] = set()
+        self.refresh()
 
-    def _replace(self) -> set[str]:
-        """Replace the forward of layers that have come since; the names of all adapters."""
+    def refresh(self) -> None:
+        """Look again which layers have which adapters, after one was added or removed."""
         from peft.tuners.lora.layer import LoraLayer
 
         replaced = {id(layer) for layer, _ in self._layers}
@@ -121,7 +122,7 @@ class GroupedLora:
                 if id(layer) not in replaced:
                     self._layers.append((layer, layer.__dict__.get("forward")))
                     layer.forward = functools.partial(self._forward, layer, name, layer.forward)
-        return adapters
+        self._known = adapters
 
     def remove(self) -> None:
         """Give every layer its own forward back; harmless twice."""
@@ -155,12 +156,13 @@ class GroupedLora:
             ModelError: no layer has an adapter of that name.
         """
         stretches = Stretches(names, bounds, length)
-        known = self._replace()
-        unknown = [name for name in stretches.adapters if name not in known]
+        if not self._known.issuperset(stretches.adapters):
+            self.refresh()
+        unknown = [name for name in stretches.adapters if name not in self._known]
         if unknown:
             raise ModelError(
                 f"no LoRA layer has an adapter {unknown[0]!r}; known: "
-                f"{', '.join(sorted(known)) or 'none'}; add it with add_adapter"
+                f"{', '.join(sorted(self._known)) or 'none'}; add it with add_adapter"
             )
         before, self._current = self._current, stretches
         try:
@@ -243,7 +245,8 @@ def _obstacle(layer: Any, adapters: Sequence[str]) -> str | None:
             return "an adapter scales by the root of its rank (rsLoRA)"
         if layer.lora_bias.get(name):
             return "an adapter has a bias"
-        if layer.training and getattr(layer.lora_dropout[name], "p", 0.0):
+        dropout = layer.lora_dropout[name]
+        if dropout.training and getattr(dropout, "p", 0.0):
             return "an adapter has dropout"
         if type(layer.lora_A[name]) is not nn.Linear or type(layer.lora_B[name]) is not nn.Linear:
             return "a factor is no plain linear layer"

@@ -67,7 +67,8 @@ class PlaitModule(lightning.LightningModule):
         self.model = model
         self.loader, self.config = loader, config
         self.progress, self.hooks = progress, hooks
-        self.optimizer = make_optimizer(model)
+        self.trainable = list(model.trainable())
+        self.optimizer = make_optimizer(self.trainable)
         self._loss = self._weight = 0.0
         self._packs = self._positions = 0
 
@@ -105,9 +106,9 @@ class PlaitModule(lightning.LightningModule):
 
     def _step(self) -> None:
         if self.progress.step == 0:
-            refuse_untrained(self.model)
+            refuse_untrained(self.trainable)
         settings = settings_at(self.progress.step, self.config)
-        metrics = prepare_step(self.model, self.optimizer, settings, self._weight)
+        metrics = prepare_step(self.trainable, self.optimizer, settings, self._weight)
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         optimizer.step()

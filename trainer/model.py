@@ -7,8 +7,8 @@ Shape letters: T positions of a stream, P positions that are learned, H hidden s
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +16,32 @@ from torch import Tensor, nn
 from plait.encoders.media_encoder import MediaEncoder
 from plait.errors import ModelError
 from plait.kernels.interval_attention import Intervals
-from plait.kernels.token_logprobs import token_logprobs, weighted_nll
+from plait.kernels.token_logprobs import Scored, token_logprobs, weighted_nll
 from plait.stream import TokenStream
 from plait.trainer.backbone import Backbone
-from plait.trainer.losses import WEIGHTED_NLL, loss_named
+from plait.trainer.losses import LOSSES, WEIGHTED_NLL, Loss, LossBatch
 from plait.trainer.rows import Deeper, Rows
 from plait.trainer.spec import TOWER_PARTS
+
+
+class Objective(NamedTuple):
+    """A loss, and the settings of all its keys."""
+
+    loss: Loss
+    config: Mapping[str, float]
+
+
+LEARN = Objective(LOSSES[WEIGHTED_NLL], {})
+"""To learn texts as they are."""
 
 
 @dataclass(slots=True)
 class Sums:
     """What one stream adds: a loss SUM and the weight it was taken over.
 
-    `logprobs` (P,) are those at stream positions `index` (P,), detached. `documents` holds each
-    document's own (loss, weight), in stream order.
+    `logprobs` (P,) or (P, K) are those at stream positions `index` (P,), detached. `documents`
+    holds each document's own (loss, weight), in stream order, and `metrics` what its loss says
+    besides, (D,) by name.
     """
 
     loss: Tensor
@@ -37,6 +49,7 @@ class Sums:
     logprobs: Tensor
     index: Tensor
     documents: list[tuple[float, float]]
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class PlaitModel(nn.Module):
@@ -124,67 +137,84 @@ class PlaitModel(nn.Module):
 
     def logprobs_at(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """hidden (P, H), targets (P,) -> logprobs (P,) in float32."""
-        weight = self.output_weight
-        hidden = hidden.to(weight.dtype)
-        return token_logprobs(hidden, weight, targets, softcap=self.backbone.softcap).logprobs
+        return self._scored(hidden, targets, entropy=False).logprobs
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(P, H) -> (P, V) in float32; for the few positions that are sampled from."""
         return self.backbone.logits(hidden)
 
-    def compute(self, stream: TokenStream, everywhere: bool = False) -> Sums:
+    def compute(
+        self, stream: TokenStream, objective: Objective = LEARN, everywhere: bool = False
+    ) -> Sums:
         """The loss sum of a stream; never normalised.
 
         Args:
-            everywhere: Compute logprobs also at the text positions without weight.
+            everywhere: Compute logprobs also at the text positions that the loss does not read.
         """
         hidden, touched = self.hidden(stream)
-        chosen = stream.weights != 0
+        return self.score(stream, hidden, touched, objective, everywhere)
+
+    def score(
+        self,
+        stream: TokenStream,
+        hidden: Tensor,
+        touched: Tensor,
+        objective: Objective = LEARN,
+        everywhere: bool = False,
+    ) -> Sums:
+        """What `compute` does, from the stream's hidden states (T, H)."""
+        inputs = {"weights": stream.weights, **stream.loss_inputs}
+        learned = objective.loss.learned(inputs, objective.config)
+        chosen = learned
         if everywhere:  # the last position of a media item may be learned: it predicts a text
-            chosen |= ~stream.is_media
+            chosen = learned | ~stream.is_media
         index = chosen.nonzero()[:, 0]
-        loss, losses, logprobs = self._losses(stream, index, hidden[index.to(self.device)])
+        read = learned[index].to(self.device)
+        targets = stream.targets[index].to(self.device)
+        states = hidden[index.to(self.device)]
+        if objective.loss is LEARN.loss:
+            loss, losses, logprobs = self._weighted_nll(stream, index, states, targets)
+            metrics: dict[str, Tensor] = {}
+        else:
+            entropy = objective.loss.needs_entropy(objective.config)
+            scored = self._scored(states, targets, entropy)
+            logprobs = scored.logprobs
+            batch = _loss_batch(stream, index[learned[index]], objective, scored, read)
+            losses = objective.loss.function(batch)
+            loss, metrics = losses.sum(), objective.loss.metrics(batch)
+        weights = _weights(stream)
         return Sums(
             loss=loss + touched,
-            weight=float(stream.weights.double().sum()),
+            weight=sum(weights),
             logprobs=logprobs.detach(),
             index=index,
-            documents=_per_document(stream, index, losses.detach()),
+            documents=list(zip(losses.tolist(), weights, strict=True)),
+            metrics=metrics,
         )
 
-    def _losses(
-        self, stream: TokenStream, index: Tensor, hidden: Tensor
+    def _weighted_nll(
+        self, stream: TokenStream, index: Tensor, hidden: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The sum of losses at `index` (P,) with hidden states (P, H), each of them, the logprobs.
-
-        Where all are weighted nll, their gradient is known as soon as the logits are.
+        """The sum, each document's, and the logprobs: cross entropy's gradient by logprobs is
+        known beforehand, so that the logits are looked at once.
         """
-        targets = stream.targets[index].to(self.device)
         weights = stream.weights[index].to(self.device, torch.float32)
-        if set(stream.loss) <= {WEIGHTED_NLL}:
-            head = self.output_weight
-            total, logprobs = weighted_nll(
-                hidden.to(head.dtype), head, targets, weights, softcap=self.backbone.softcap
-            )
-            return total, -logprobs * weights, logprobs
-        logprobs = self.logprobs_at(hidden, targets)
-        losses = self._losses_by_name(stream, index, logprobs, weights)
-        return losses.sum(), losses, logprobs
+        head = self.output_weight
+        total, logprobs = weighted_nll(
+            hidden.to(head.dtype), head, targets, weights, softcap=self.backbone.softcap
+        )
+        each = -logprobs.double() * weights
+        if each.ndim == 2:
+            each = each.sum(-1)
+        losses = torch.segment_reduce(each, "sum", lengths=_lengths(stream, index).to(each.device))
+        return total, losses, logprobs
 
-    def _losses_by_name(
-        self, stream: TokenStream, index: Tensor, logprobs: Tensor, weights: Tensor
-    ) -> Tensor:
-        document = torch.zeros(stream.length, dtype=torch.long)
-        for number, (start, stop) in enumerate(stream.bounds):
-            document[start:stop] = number
-        losses = torch.zeros_like(logprobs)
-        inputs = {name: values[index].to(logprobs) for name, values in stream.loss_inputs.items()}
-        for name in dict.fromkeys(stream.loss):
-            mine = torch.tensor([loss == name for loss in stream.loss])[document[index]]
-            mine = mine.to(logprobs.device)
-            values = loss_named(name)(logprobs, weights, inputs)
-            losses = torch.where(mine, values, losses)
-        return losses
+    def _scored(self, hidden: Tensor, targets: Tensor, entropy: bool) -> Scored:
+        weight = self.output_weight
+        return token_logprobs(
+            hidden.to(weight.dtype), weight, targets,
+            softcap=self.backbone.softcap, entropy=entropy,
+        )  # fmt: skip
 
     def trainable(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """(part, name, parameter) of all that trains, in a stable order.
@@ -216,10 +246,31 @@ def _deeper_layers(stream: TokenStream, layers: list[tuple[Tensor, ...]], source
     return Deeper(stream.is_media.to(source.device), stacked)
 
 
-def _per_document(stream: TokenStream, index: Tensor, losses: Tensor) -> list[tuple[float, float]]:
-    sums = torch.zeros(stream.length, dtype=torch.float64)
-    sums[index] = losses.double().cpu()
-    return [
-        (float(sums[start:stop].sum()), float(stream.weights[start:stop].double().sum()))
-        for start, stop in stream.bounds
-    ]
+def _loss_batch(
+    stream: TokenStream, index: Tensor, objective: Objective, scored: Scored, read: Tensor
+) -> LossBatch:
+    """What a loss reads: the positions `index`, which are those of `scored` where `read`."""
+    device = scored.logprobs.device
+    return LossBatch(
+        logprobs=scored.logprobs[read],
+        weights=stream.weights[index].to(device, torch.float32),
+        inputs={
+            name: values[index].to(device, torch.float32)
+            for name, values in stream.loss_inputs.items()
+        },
+        lengths=_lengths(stream, index).to(device),
+        config=objective.config,
+        entropy=None if scored.entropy is None else scored.entropy[read],
+    )
+
+
+def _lengths(stream: TokenStream, index: Tensor) -> Tensor:
+    """(D,): how many of the positions `index` are each document's."""
+    ends = torch.tensor([stop for _, stop in stream.bounds])
+    before = torch.searchsorted(index, ends)
+    return before.diff(prepend=before.new_zeros(1))
+
+
+def _weights(stream: TokenStream) -> list[float]:
+    """The summed weights of each document."""
+    return [float(stream.weights[start:stop].double().sum()) for start, stop in stream.bounds]

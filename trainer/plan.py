@@ -106,11 +106,12 @@ def _rehearse(bench: Workbench, packs: Block) -> None:
     ]
     inputs = [[bench.loading(item) for item in document.items] for document in documents]
     model = bench.built.model.train()
-    optimizer = make_optimizer(model)
+    trainable = list(model.trainable())
+    optimizer = make_optimizer(trainable)
     for _ in range(2):  # the second finds the optimiser's state allocated
         sums = model.compute(join(documents, inputs))
         sums.loss.backward()  # type: ignore[no-untyped-call]
-        prepare_step(model, optimizer, settings_at(0, bench.config.train), sums.weight)
+        prepare_step(trainable, optimizer, settings_at(0, bench.config.train), sums.weight)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -1,9 +1,8 @@
 """What training and sampling clients share."""
 
-from collections.abc import Mapping
 from typing import Any, Self
 
-from plait.client.futures import Ready
+from plait.client.futures import AsyncNames, Ready
 from plait.client.inputs import check_expected, input_from, part_of, piece_of
 from plait.errors import ConfigError
 from plait.modalities import Part
@@ -11,18 +10,15 @@ from plait.stream import Document, Message, Sample, render
 from plait.trainer.build import Built
 from plait.trainer.engine.controller import Engine
 from plait.trainer.engine.inputs import document_from
-from plait.types import ModelInput, TensorData
+from plait.trainer.model import LEARN, Objective
+from plait.types import Datum, ModelInput
 
 
-class Client(Ready):
+class Client(AsyncNames, Ready):
     """What training and sampling clients share: rendering, and inputs to documents."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    @property
-    def _built(self) -> Built:
-        return self._engine.built
+    def __init__(self, engine: Engine, built: Built) -> None:
+        self._engine, self._built = engine, built
 
     @property
     def _vocabulary(self) -> int:
@@ -42,18 +38,20 @@ class Client(Ready):
         document = render(sample, self._built.tokenizer, self._built.layout, for_generation=True)
         return input_from(document)
 
-    def _document(self, model_input: ModelInput, inputs: Mapping[str, TensorData]) -> Document:
-        targets, weights = inputs.get("target_tokens"), inputs.get("weights")
-        length_known = [1.0] * len(targets.data) if targets is not None else None
+    def _document(
+        self, datum: Datum, objective: Objective = LEARN, group: int | None = None
+    ) -> Document:
+        inputs = {name: value.to_numpy() for name, value in datum.loss_fn_inputs.items()}
         document = document_from(
-            [piece_of(chunk) for chunk in model_input.chunks],
+            [piece_of(chunk) for chunk in datum.model_input.chunks],
             self._built.layout,
             self._encode,
-            None if targets is None else targets.tolist(),
-            length_known if weights is None else weights.tolist(),
+            inputs or None,
+            objective,
             vocabulary=self._vocabulary,
+            group=group,
         )
-        check_expected(model_input, document, self._built.limits)
+        check_expected(datum.model_input, document, self._built.limits)
         return document
 
     def _encode(self, text: str) -> list[int]:
@@ -61,11 +59,11 @@ class Client(Ready):
         return ids
 
     def close(self) -> None:
-        """Finish what is queued and release the engine, as the end of a `with` block does.
+        """Give up what only this client uses, as the end of a `with` block does.
 
-        A client that is dropped instead releases what it holds as well, without waiting.
+        A client that is dropped instead releases what it holds as well.
         """
-        self._engine.close()
+        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self

@@ -1,7 +1,7 @@
 """Results on their way."""
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
 from typing import Any, Generic, Self, TypeVar
 
@@ -11,8 +11,13 @@ Value = TypeVar("Value")
 class APIFuture(Generic[Value]):
     """A result on its way: `.result()` waits for it, `await` does too."""
 
-    def __init__(self, future: "Future[Any]", convert: Any) -> None:
-        self._future, self._convert = future, convert
+    def __init__(
+        self,
+        future: "Future[Any]",
+        convert: Callable[[Any], Any],
+        cancel: Callable[[], object] | None = None,
+    ) -> None:
+        self._future, self._convert, self._cancel = future, convert, cancel
 
     def result(self, timeout: float | None = None) -> Value:
         """The result, or the error of its command.
@@ -22,6 +27,21 @@ class APIFuture(Generic[Value]):
         """
         value: Value = self._convert(self._future.result(timeout))
         return value
+
+    def done(self) -> bool:
+        """Whether `result` would not wait."""
+        return self._future.done()
+
+    def cancel(self) -> bool:
+        """Ask that it not be computed to its end; False where that cannot be, or is too late.
+
+        Only samples can be taken back: a training step behind another relies on it. The result
+        is then `concurrent.futures.CancelledError`.
+        """
+        if self._cancel is None or self._future.done():
+            return False
+        self._cancel()
+        return True
 
     def __await__(self) -> Generator[Any, None, Value]:
         raw = yield from asyncio.wrap_future(self._future).__await__()
@@ -39,3 +59,23 @@ class Ready:
     def __await__(self) -> Generator[Any, None, Self]:
         yield from ()
         return self
+
+
+class AsyncNames:
+    """Every method under its name with `_async` behind it, as the Tinker API has them.
+
+    What it does is done in a thread, so that the event loop goes on; awaiting it gives what the
+    method returns.
+    """
+
+    def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
+        method = name.removesuffix("_async")
+        if method == name or method.startswith("_") or not hasattr(type(self), method):
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        bound: Callable[..., Any] = getattr(self, method)
+
+        async def call(*args: Any, **options: Any) -> Any:
+            return await asyncio.to_thread(bound, *args, **options)
+
+        call.__name__ = name
+        return call

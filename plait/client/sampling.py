@@ -1,7 +1,11 @@
 """The client that samples."""
 
+import queue
+import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,52 +14,116 @@ from plait.client.base import Client
 from plait.client.futures import APIFuture
 from plait.errors import ModelError
 from plait.ranges import check_number
+from plait.stream import Document
+from plait.trainer.build import Built
 from plait.trainer.engine import commands
 from plait.trainer.engine.controller import Engine
 from plait.trainer.sampling.settings import SamplerSettings
-from plait.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
+from plait.types import (
+    Datum,
+    ModelInput,
+    SampledSequence,
+    SampledToken,
+    SampleResponse,
+    SamplingParams,
+)
 
 
 class SamplingClient(Client):
-    """Samples from fixed weights.
+    """Samples from fixed weights, beside whatever trains or samples on the same engine.
 
     Args:
-        snapshot: Of an engine that somebody else trains with; None has the engine to itself.
+        view: The engine's name for these weights, which go when the client is closed or dropped.
     """
 
-    def __init__(self, engine: Engine, snapshot: int | None) -> None:
-        super().__init__(engine)
-        self._snapshot, self._closed = snapshot, False
-        self._release: Callable[[], object] = engine.close
-        if snapshot is not None:  # the weights go with the client, the engine stays
-            finalizer = weakref.finalize(self, engine.discard, snapshot)
-            finalizer.atexit = False
-            self._release = finalizer
+    def __init__(self, engine: Engine, built: Built, view: str) -> None:
+        super().__init__(engine, built)
+        self._view = view
+        self._release = weakref.finalize(self, engine.discard, commands.DropView(view))
+        self._release.atexit = False
         self._seeds = np.random.default_rng()
 
     def sample(
-        self, prompt: ModelInput, num_samples: int, sampling_params: SamplingParams
+        self,
+        prompt: ModelInput,
+        num_samples: int,
+        sampling_params: SamplingParams,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
     ) -> APIFuture[SampleResponse]:
         """Continue a prompt `num_samples` times.
 
         Logprobs are those of the raw distribution: temperature 1, nothing excluded.
 
+        Args:
+            include_prompt_logprobs: Also those of the prompt's own tokens.
+            topk_prompt_logprobs: Also so many likeliest tokens in each of their places.
+
         Raises:
             ConfigError: no sample is asked for, or a stop token is none of this model's.
-            ModelError: the client, or the one whose weights it samples from, is closed.
+            ModelError: the client is closed.
         """
-        if self._closed:
-            raise ModelError("this client is closed; create a new one")
         check_number("num_samples", num_samples, "[1, inf)", whole=True)
-        document = self._document(prompt, {})
-        settings = self._settings(sampling_params)
-        command = commands.Sample(document, settings, num_samples, self._snapshot)
-        return APIFuture(self._engine.submit(command), _sample_response)
+        most = f"[0, {self._vocabulary + 1})"
+        check_number("topk_prompt_logprobs", topk_prompt_logprobs, most, whole=True)
+        command = commands.Sample(
+            self._view,
+            self._prompt(prompt),
+            self._settings(sampling_params),
+            num_samples,
+            include_prompt_logprobs or topk_prompt_logprobs > 0,
+            topk_prompt_logprobs,
+        )
+        return self._submit(command)
+
+    def compute_logprobs(self, prompt: ModelInput) -> APIFuture[list[float | None]]:
+        """The logprob of each of a prompt's tokens, given those before it.
+
+        None stands for the first, which nothing precedes, and for media.
+        """
+        params = SamplerSettings(max_tokens=1, temperature=0)
+        command = commands.Sample(self._view, self._prompt(prompt), params, prompt_logprobs=True)
+        return APIFuture(self._queued(command), lambda sampled: sampled.scores.logprobs)
+
+    def stream(
+        self, prompt: ModelInput, num_samples: int, sampling_params: SamplingParams
+    ) -> Iterator[SampledToken]:
+        """The tokens of `sample` as they come, those of several sequences by turns.
+
+        An iterator that is closed or dropped before its end cancels the rest.
+        """
+        arrived: queue.SimpleQueue[SampledToken | None] = queue.SimpleQueue()
+        check_number("num_samples", num_samples, "[1, inf)", whole=True)
+        command = commands.Sample(
+            self._view,
+            self._prompt(prompt),
+            self._settings(sampling_params),
+            num_samples,
+            on_token=lambda *token: arrived.put(SampledToken(*token)),
+        )
+        future = self._submit(command)
+        future._future.add_done_callback(lambda _: arrived.put(None))
+        return _tokens(arrived, future)
+
+    def _submit(self, command: commands.Sample) -> APIFuture[SampleResponse]:
+        name = uuid.uuid4().hex
+        named = commands.named(command, name)
+        # Of the engine, not of this client: a result that is kept must not keep its weights.
+        cancel = partial(self._engine.discard, commands.CancelSample(self._view, name))
+        return APIFuture(self._queued(named), _sample_response, cancel)
+
+    def _queued(self, command: commands.Sample) -> "Future[Any]":
+        if not self._release.alive:
+            raise ModelError("this client is closed; create a new one")
+        return self._engine.submit(command)
+
+    def _prompt(self, prompt: ModelInput) -> Document:
+        return self._document(Datum(prompt))
 
     def close(self) -> None:
-        """Give the weights back: those of a snapshot, or a whole engine of one's own."""
-        self._closed = True
-        self._release()
+        """Give the weights back, once what is queued is sampled."""
+        if self._release.detach():
+            self._engine.finish(commands.DropView(self._view))
 
     def _settings(self, params: SamplingParams) -> SamplerSettings:
         stop: tuple[int | str, ...] | None = None if params.stop is None else tuple(params.stop)
@@ -67,15 +135,30 @@ class SamplingClient(Client):
             temperature=params.temperature,
             top_k=params.top_k,
             top_p=params.top_p,
+            min_p=params.min_p,
             seed=int(self._seeds.integers(2**62)) if params.seed is None else params.seed,
             stop=stop,
         )
 
 
-def _sample_response(rows: list[Any]) -> SampleResponse:
+def _tokens(
+    arrived: "queue.SimpleQueue[SampledToken | None]", future: APIFuture[SampleResponse]
+) -> Iterator[SampledToken]:
+    try:
+        while (token := arrived.get()) is not None:
+            yield token
+        future.result()  # raises what ended it early
+    finally:
+        future.cancel()
+
+
+def _sample_response(sampled: commands.Sampled) -> SampleResponse:
+    scores = sampled.scores
     return SampleResponse(
         [
             SampledSequence("stop" if row.stopped else "length", row.tokens, row.logprobs)
-            for row in rows
-        ]
+            for row in sampled.samples
+        ],
+        None if scores is None else scores.logprobs,
+        None if scores is None or not any(scores.top) else scores.top,
     )

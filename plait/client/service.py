@@ -3,7 +3,9 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
+from plait.client.futures import AsyncNames
 from plait.client.paths import weights_folder
 from plait.client.sampling import SamplingClient
 from plait.client.training import TrainingClient
@@ -11,7 +13,7 @@ from plait.datasets.fetch import home
 from plait.errors import ConfigError
 from plait.modalities import Limits
 from plait.trainer import checkpoint
-from plait.trainer.build import Built, build
+from plait.trainer.build import Built
 from plait.trainer.checks import packing_warning
 from plait.trainer.config import spec_from
 from plait.trainer.engine.controller import Engine, EngineSettings
@@ -21,12 +23,15 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
-class ServiceClient:
+class ServiceClient(AsyncNames):
     """Creates training and sampling clients in this process.
+
+    Clients of one language model share its frozen weights; what they send is packed together.
 
     Args:
         folder: Where `save_state` puts its files; `$PLAIT_HOME/runs` by default.
         limits: How large a media file may be before it is refused.
+        engine: How much is computed and kept at once.
 
     Raises:
         ConfigError: an address instead of a folder.
@@ -37,6 +42,7 @@ class ServiceClient:
         folder: str | Path | None = None,
         *,
         limits: Limits = Limits(),  # noqa: B008  (frozen)
+        engine: EngineSettings | None = None,
     ) -> None:
         if isinstance(folder, str) and "://" in folder:
             raise ConfigError(
@@ -45,6 +51,7 @@ class ServiceClient:
             )
         self.folder = Path(folder) if folder is not None else home() / "runs"
         self.limits = limits
+        self._engine = Engine(engine)
 
     def create_lora_training_client(
         self,
@@ -62,7 +69,6 @@ class ServiceClient:
         template: str | None = None,
         train: Sequence[str] = ("language", "projector"),
         dtype: str = "float32",
-        engine: EngineSettings | None = None,
     ) -> TrainingClient:
         """A training client with a LoRA adapter on the language model.
 
@@ -90,8 +96,7 @@ class ServiceClient:
             train=tuple(train),
             dtype=dtype,  # type: ignore[arg-type]  # checked by ModelSpec
         )
-        return self.create_training_client(spec, seed=seed, user_metadata=user_metadata,
-                                           engine=engine)  # fmt: skip
+        return self.create_training_client(spec, seed=seed, user_metadata=user_metadata)
 
     def create_training_client(
         self,
@@ -99,14 +104,41 @@ class ServiceClient:
         *,
         seed: int | None = None,
         user_metadata: Mapping[str, str] | None = None,
-        engine: EngineSettings | None = None,
     ) -> TrainingClient:
         """A training client for a whole `ModelSpec`; full fine-tuning with `lora=None`."""
         metadata = dict(user_metadata or {})
         if not all(isinstance(word, str) for pair in metadata.items() for word in pair):
             raise ConfigError(f"user_metadata must be texts by name; it is {metadata}")
-        built = self._build(spec, seed or 0)
-        return TrainingClient(Engine(built, engine), self.folder, metadata)
+        run, built = self._engine.create_run(spec, seed or 0, self.limits)
+        _warn(built)
+        return TrainingClient(self._engine, built, run, self.folder, metadata)
+
+    def create_training_client_from_state(
+        self, path: str, *, user_metadata: Mapping[str, str] | None = None
+    ) -> TrainingClient:
+        """A training client that begins with saved weights, and a new optimiser."""
+        return self._from_state(path, user_metadata, with_optimizer=False)
+
+    def create_training_client_from_state_with_optimizer(
+        self, path: str, *, user_metadata: Mapping[str, str] | None = None
+    ) -> TrainingClient:
+        """A training client that goes on exactly where the saved one was."""
+        return self._from_state(path, user_metadata, with_optimizer=True)
+
+    def _from_state(
+        self, path: str, user_metadata: Mapping[str, str] | None, with_optimizer: bool
+    ) -> TrainingClient:
+        manifest = checkpoint.verify(weights_folder(path, self.folder))
+        metadata = manifest["user_metadata"] if user_metadata is None else user_metadata
+        spec = spec_from(manifest["spec"])
+        client = self.create_training_client(spec, user_metadata=metadata)
+        load = client.load_state_with_optimizer if with_optimizer else client.load_state
+        try:
+            client.restored = load(path).result()
+        except BaseException:
+            client.close()
+            raise
+        return client
 
     def create_sampling_client(
         self, model_path: str | Path | None = None, base_model: str | None = None
@@ -119,20 +151,33 @@ class ServiceClient:
         """
         if (model_path is None) == (base_model is None):
             raise ConfigError("give either model_path or base_model")
+        folder = None
         if model_path is None:
-            spec = ModelSpec(language=str(base_model), train=("language",), lora=None)
-            return SamplingClient(Engine(self._build(spec, 0, trains=False)), None)
-        folder = weights_folder(str(model_path), self.folder)
-        spec = spec_from(checkpoint.verify(folder)["spec"])
-        built = self._build(spec, 0, trains=False)
-        checkpoint.load(folder, built, with_state=False)
-        return SamplingClient(Engine(built), None)
+            spec = ModelSpec(language=str(base_model), train=("projector",), lora=None)
+        else:
+            folder = weights_folder(str(model_path), self.folder)
+            spec = spec_from(checkpoint.verify(folder)["spec"])
+        view, built = self._engine.create_view(spec, folder, self.limits)
+        _warn(built)
+        return SamplingClient(self._engine, built, view)
 
-    def _build(self, spec: ModelSpec, seed: int, trains: bool = True) -> Built:
-        built = build(spec, seed, self.limits, trains=trains)
-        if warning := packing_warning(built):
-            warnings.warn(warning, stacklevel=4)
-        return built
+    def close(self) -> None:
+        """Finish what is queued and stop; clients that were made here stop with it.
+
+        Without it, the engine ends when nobody holds this client nor any that it made.
+        """
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+
+def _warn(built: Built) -> None:
+    if warning := packing_warning(built):
+        warnings.warn(warning, stacklevel=3)
 
 
 def _targets(attention: bool, mlp: bool) -> tuple[str, ...]:

@@ -1,21 +1,26 @@
 """The client that trains."""
 
 import uuid
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from plait.client.base import Client
+from plait.client.custom import LossOfLogprobs, weighted_data
 from plait.client.futures import APIFuture
 from plait.client.inputs import check_plain, input_from
+from plait.client.objectives import evened, objective_of
 from plait.client.paths import SCHEME, weights_folder
 from plait.client.sampling import SamplingClient
-from plait.errors import ConfigError, DataError, UnknownNameError
+from plait.errors import ConfigError, DataError, ModelError
 from plait.stream import Sample, render
-from plait.trainer.build import parameter_counts
+from plait.trainer.build import Built, parameter_counts
 from plait.trainer.engine import commands
-from plait.trainer.engine.controller import Engine
-from plait.trainer.losses import LOSSES
+from plait.trainer.engine.controller import Engine, facts_of
+from plait.trainer.losses import Loss, LossBatch
+from plait.trainer.model import Objective
 from plait.trainer.optimiser import StepSettings
 from plait.types import (
     AdamParams,
@@ -23,25 +28,37 @@ from plait.types import (
     ForwardBackwardOutput,
     LoadWeightsResponse,
     ModelInfo,
+    OptimizerParams,
     OptimStepResponse,
     SaveWeightsResponse,
     TensorData,
 )
+
+LossFn = str | Loss | Callable[[LossBatch], Any]
+"""A loss by name, one of one's own, or just its function."""
 
 
 class TrainingClient(Client):
     """Trains one model through primitives. Losses are SUMS over tokens and datums.
 
     Args:
+        run: The engine's name for what trains, which goes when the client is closed or dropped.
         folder: Where `save_state` puts its files.
         metadata: Stands in the manifest of everything saved, and in `get_info`.
     """
 
-    def __init__(self, engine: Engine, folder: Path, metadata: dict[str, str]) -> None:
-        super().__init__(engine)
+    def __init__(
+        self, engine: Engine, built: Built, run: str, folder: Path, metadata: dict[str, str]
+    ) -> None:
+        super().__init__(engine, built)
         self.run_id = uuid.uuid4().hex
         self.user_metadata = metadata
-        self._folder = folder
+        self.restored: LoadWeightsResponse | None = None
+        """What a client that was made from a saved state began with."""
+
+        self._run, self._folder = run, folder
+        self._release = weakref.finalize(self, engine.discard, commands.DropRun(run))
+        self._release.atexit = False
 
     def datum(self, sample: Sample) -> Datum:
         """Render a sample: the one way from messages and media to what trains.
@@ -57,89 +74,141 @@ class TrainingClient(Client):
         )
 
     def forward(
-        self, data: Sequence[Datum], loss_fn: str = "cross_entropy"
+        self,
+        data: Sequence[Datum],
+        loss_fn: LossFn = "cross_entropy",
+        loss_fn_config: Mapping[str, float] | None = None,
     ) -> APIFuture[ForwardBackwardOutput]:
         """Losses and the logprobs of every target; no gradient."""
-        return self._submit(data, loss_fn, backward=False)
+        return self._compute(data, objective_of(loss_fn, loss_fn_config), backward=False)
 
     def forward_backward(
-        self, data: Sequence[Datum], loss_fn: str = "cross_entropy"
+        self,
+        data: Sequence[Datum],
+        loss_fn: LossFn = "cross_entropy",
+        loss_fn_config: Mapping[str, float] | None = None,
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Add the gradient of the summed loss. Logprobs are 0 where the weight is 0.
+        """Add the gradient of the summed loss. Logprobs are 0 where the loss reads none.
+
+        Args:
+            loss_fn: A name in `plait.trainer.losses.LOSSES`, a `Loss`, or a function of a
+                `LossBatch` that returns each document's loss.
+            loss_fn_config: The loss's settings that should not be their defaults.
 
         Raises:
-            UnknownNameError: nobody registered the loss.
+            UnknownNameError: nobody registered the loss, or it has no such setting or input.
             DataError: a datum cannot be used.
         """
-        return self._submit(data, loss_fn, backward=True)
+        return self._compute(data, objective_of(loss_fn, loss_fn_config), backward=True)
 
-    def _submit(
-        self, data: Sequence[Datum], loss_fn: str, backward: bool
+    def forward_backward_custom(
+        self, data: Sequence[Datum], loss_fn: LossOfLogprobs
     ) -> APIFuture[ForwardBackwardOutput]:
-        if loss_fn not in LOSSES:
-            raise UnknownNameError("loss", loss_fn, LOSSES)
+        """Add the gradient of a function of all data's logprobs, which may compare them.
+
+        It waits for a forward pass, calls `loss_fn(data, logprobs)` here with tensors that have
+        gradients, and queues a cross entropy whose weights are the loss's negative derivatives.
+        What is submitted meanwhile from another thread may come between the two.
+
+        Args:
+            loss_fn: Returns the loss, a scalar tensor, and metrics by name.
+        """
+        output = self.forward(data).result()
+        logprobs = [row["logprobs"].to_torch() for row in output.loss_fn_outputs]
+        weighted, metrics = weighted_data(data, logprobs, loss_fn)
+        future = self.forward_backward(weighted)
+
+        def told(results: list[commands.DocumentResult]) -> ForwardBackwardOutput:
+            made = _forward_backward_output(results)
+            return ForwardBackwardOutput(made.loss_fn_outputs, made.metrics | metrics)
+
+        return APIFuture(future._future, told)
+
+    def _compute(
+        self, data: Sequence[Datum], objective: Objective, backward: bool
+    ) -> APIFuture[ForwardBackwardOutput]:
         if not data:
             raise DataError("forward_backward needs at least one datum; it was given none")
         if any("target_tokens" not in datum.loss_fn_inputs for datum in data):
             raise DataError("a datum needs target_tokens: the token after each position")
-        documents = [self._document(datum.model_input, datum.loss_fn_inputs) for datum in data]
-        future = self._engine.forward_backward(documents, backward)
+        data = evened(data, objective.loss)
+        documents = [
+            self._document(datum, objective, number // 2 if objective.loss.paired else None)
+            for number, datum in enumerate(data)
+        ]
+        self._check_open()
+        future = self._engine.forward_backward(self._run, documents, objective, backward=backward)
         return APIFuture(future, _forward_backward_output)
 
     def optim_step(
-        self, adam_params: AdamParams, *, divide_by_weight: bool = False
+        self, adam_params: AdamParams | OptimizerParams, *, divide_by_weight: bool = False
     ) -> APIFuture[OptimStepResponse]:
-        """One AdamW step on the gradients added since the last one.
+        """One optimiser step on the gradients added since the last one.
 
         Args:
             divide_by_weight: Divide the summed gradients by the summed weights first, which makes
                 the step that of the mean loss per token.
         """
         settings = StepSettings(**asdict(adam_params))
-        future = self._engine.submit(commands.OptimStep(settings, divide_by_weight))
+        future = self._submit(commands.OptimStep(self._run, settings, divide_by_weight))
         return APIFuture(future, OptimStepResponse)
 
-    def save_state(self, name: str) -> APIFuture[SaveWeightsResponse]:
-        """Save weights and optimiser under `name`; the response's path loads them."""
-        return self._save("weights", name, weights_only=False)
+    def _submit(self, command: commands.RunCommand) -> Any:
+        self._check_open()
+        return self._engine.submit(command)
+
+    def _check_open(self) -> None:
+        if not self._release.alive:
+            raise ModelError("this client is closed; create a new client")
+
+    def save_state(self, name: str, *, cursor: Any = None) -> APIFuture[SaveWeightsResponse]:
+        """Save all that the run needs to go on exactly; the response's path loads it.
+
+        Args:
+            cursor: Whatever the loop needs to go on with its data, as plain JSON;
+                `load_state_with_optimizer` gives it back.
+        """
+        return self._save("weights", name, weights_only=False, cursor=cursor)
 
     def save_weights_for_sampler(self, name: str) -> APIFuture[SaveWeightsResponse]:
         """Save what sampling needs under `name`."""
         return self._save("sampler_weights", name, weights_only=True)
 
-    def _save(self, kind: str, name: str, weights_only: bool) -> APIFuture[SaveWeightsResponse]:
+    def _save(
+        self, kind: str, name: str, weights_only: bool, cursor: Any = None
+    ) -> APIFuture[SaveWeightsResponse]:
         if not name or "/" in name or name.startswith("."):
             raise ConfigError(f"a checkpoint's name has no / and no leading dot; got {name!r}")
         folder = self._folder / self.run_id / kind / name
-        future = self._engine.submit(
-            commands.SaveState(folder, weights_only, dict(self.user_metadata))
-        )
+        metadata = dict(self.user_metadata)
+        command = commands.SaveState(self._run, folder, weights_only, metadata, cursor)
         path = f"{SCHEME}{self.run_id}/{kind}/{name}"
-        return APIFuture(future, lambda _: SaveWeightsResponse(path))
+        return APIFuture(self._submit(command), lambda _: SaveWeightsResponse(path))
 
     def load_state(self, path: str) -> APIFuture[LoadWeightsResponse]:
         """Load saved weights; the optimiser stays as it is."""
         return self._load(path, with_optimizer=False)
 
     def load_state_with_optimizer(self, path: str) -> APIFuture[LoadWeightsResponse]:
-        """Load saved weights and the optimiser's state."""
+        """Load saved weights, the optimiser's state, and gradients that were pending."""
         return self._load(path, with_optimizer=True)
 
     def _load(self, path: str, with_optimizer: bool) -> APIFuture[LoadWeightsResponse]:
         folder = weights_folder(path, self._folder)
-        future = self._engine.submit(commands.LoadState(folder, with_optimizer))
-        return APIFuture(future, lambda _: LoadWeightsResponse(path))
+        future = self._submit(commands.LoadState(self._run, folder, with_optimizer))
+        return APIFuture(future, lambda cursor: LoadWeightsResponse(path, cursor))
 
     def save_weights_and_get_sampling_client(self, name: str | None = None) -> SamplingClient:
         """A client that samples from the weights as they are now, whatever trains later.
 
-        It holds a copy of all that trains until it is closed or dropped; this client's end is its
-        own, too.
+        It holds a copy of all that trains until it is closed or dropped, without a trip through
+        the disk; with a `name` it is saved as well.
         """
         if name is not None:
             self.save_weights_for_sampler(name).result()
-        number: int = self._engine.submit(commands.TakeSnapshot()).result()
-        return SamplingClient(self._engine, number)
+        view = self._engine.new_name("view")
+        built: Built = self._submit(commands.TakeView(self._run, view)).result()
+        return SamplingClient(self._engine, built, view)
 
     def get_info(self) -> ModelInfo:
         spec, counts = self._built.spec, parameter_counts(self._built.model)
@@ -151,12 +220,14 @@ class TrainingClient(Client):
             user_metadata=dict(self.user_metadata),
         )
 
+    def close(self) -> None:
+        """Finish what is queued and forget the run; its sampling clients stay."""
+        if self._release.detach():
+            self._engine.finish(commands.DropRun(self._run))
+
 
 def _forward_backward_output(results: list[commands.DocumentResult]) -> ForwardBackwardOutput:
     return ForwardBackwardOutput(
         loss_fn_outputs=[{"logprobs": TensorData(result.logprobs)} for result in results],
-        metrics={
-            "loss:sum": sum(result.loss for result in results),
-            "weight:sum": sum(result.weight for result in results),
-        },
+        metrics=dict(facts_of(results)),
     )

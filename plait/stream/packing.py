@@ -98,7 +98,6 @@ def pack(documents: Sequence[Document], inputs: Sequence[Sequence[ItemInputs]]) 
         bounds=[(int(a), int(b)) for a, b in pairwise(starts)],
         run=[d.run for d in documents],
         sample_id=[d.sample_id for d in documents],
-        loss=[d.loss for d in documents],
         group=[d.group for d in documents],
         origins=[d.origin for d in documents],
         loss_inputs={

@@ -117,7 +117,6 @@ class Document:
     sample_id: str = ""
     origin: Origin = field(default_factory=Origin)
     run: str = ""
-    loss: str = "cross_entropy"
     loss_inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     group: int | None = None
 
@@ -182,7 +181,7 @@ class TokenStream:
     """One packed row of T positions and everything that is said per document.
 
     `targets` and `weights` are (T,) or (T, K); `positions` (T,) or (3, T); `visible` (2, T).
-    `bounds` holds the documents' (start, stop). Lists `run`, `sample_id`, `loss` and `group` have
+    `bounds` holds the documents' (start, stop). Lists `run`, `sample_id` and `group` have
     one entry per document.
     """
 
@@ -195,7 +194,6 @@ class TokenStream:
     bounds: list[tuple[int, int]]
     run: list[str]
     sample_id: list[str]
-    loss: list[str]
     group: list[int | None]
     origins: list[Origin]
     loss_inputs: dict[str, Tensor] = field(default_factory=dict)

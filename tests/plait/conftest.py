@@ -26,9 +26,8 @@ def make(spec: ModelSpec, tmp_path: Path) -> Iterator[Make]:
     clients: list[TrainingClient] = []
 
     def create(**changes: Any) -> TrainingClient:
-        engine = changes.pop("engine", None)
-        service = ServiceClient(tmp_path / "states")
-        client = service.create_training_client(replace(spec, **changes), seed=3, engine=engine)
+        service = ServiceClient(tmp_path / "states", engine=changes.pop("engine", None))
+        client = service.create_training_client(replace(spec, **changes), seed=3)
         clients.append(client)
         return client
 

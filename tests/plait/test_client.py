@@ -14,6 +14,7 @@ from plait.errors import CheckpointError, ConfigError, DataError, ModelError, Un
 from plait.modalities import Image, Text
 from plait.stream import Message, Sample
 from plait.trainer.engine.controller import EngineSettings
+from plait.trainer.engine.runs import Run
 from plait.trainer.spec import LoraSpec
 from plait.types import AdamParams, Datum, ImageChunk, ModelInput, SamplingParams
 
@@ -24,9 +25,14 @@ def told(question: tuple[Any, ...], answer: str) -> Sample:
     return Sample(messages=(Message("user", question), Message("assistant", (Text(answer),))))
 
 
+def run_of(client: TrainingClient) -> Run:
+    return client._engine.executor.runs[client._run]
+
+
 def gradients(client: TrainingClient) -> dict[str, torch.Tensor]:
-    trainable = client._built.model.trainable()
-    return {name: p.grad.clone() for _, name, p in trainable if p.grad is not None}
+    run = run_of(client)
+    pending = zip(run.trainable, run.gradients, strict=True)
+    return {name: g.clone() for (_, name, _), g in pending if g is not None}
 
 
 def weights(client: TrainingClient) -> dict[str, torch.Tensor]:
@@ -55,7 +61,7 @@ def test_results_keep_their_order_whatever_the_packing(make: Make, samples: list
     expected = gradients(client)
     longest = max(datum.model_input.length for datum in data)
     small = make(engine=EngineSettings(capacity=longest))
-    packs = small._engine.plan([small._document(d.model_input, d.loss_fn_inputs) for d in data])
+    packs = small._engine.plan([small._document(d) for d in data])
     assert len(packs) > 1
     apart = small.forward_backward(data).result()
     for datum, mine, other in zip(data, logprobs(together), logprobs(apart), strict=True):
@@ -120,14 +126,17 @@ def test_a_failed_call_adds_nothing(make: Make, samples: list[Sample], tmp_path:
     client = make(engine=EngineSettings(capacity=capacity))
     client.forward_backward(good).result()
     before = gradients(client)
-    pending = client._engine._executor.pending_weight
-    documents = [client._document(d.model_input, d.loss_fn_inputs) for d in [*good, bad]]
+    pending = run_of(client).pending_weight
+    documents = [client._document(d) for d in [*good, bad]]
     broken_pack = next(i for i, p in enumerate(client._engine.plan(documents)) if 3 in p)
     assert broken_pack > 0, "the broken picture must come after a micro-batch that succeeded"
     with pytest.raises(DataError, match=r"cut\.png"):
         client.forward_backward([*good, bad]).result()
     assert_equal(gradients(client), before)
-    assert client._engine._executor.pending_weight == pending
+    assert run_of(client).pending_weight == pending
+    with pytest.raises(ModelError, match=r"one failed: .*cut\.png"):
+        client.optim_step(AdamParams()).result()
+    assert_equal(gradients(client), before)
     client.optim_step(AdamParams()).result()
 
 
@@ -291,9 +300,6 @@ def test_saved_state_goes_on_bit_equal(make: Make, samples: list[Sample]) -> Non
 
     client.load_state(path).result()
     assert_equal(weights(client), saved)
-    client.forward_backward(data).result()
-    with pytest.raises(CheckpointError, match="gradients are pending"):
-        client.save_state("three").result()
     with pytest.raises(ConfigError, match="neither a checkpoint nor a run"):
         client.load_state(f"tinker://{client.run_id}/weights/none")
     with pytest.raises(ConfigError, match="no leading dot"):
@@ -317,8 +323,11 @@ def test_a_refused_state_changes_nothing(make: Make, samples: list[Sample]) -> N
     step(client)
     client.forward_backward(data).result()
 
+    optimizer = run_of(client).optimizer
+    assert optimizer is not None
+
     def held() -> dict[str, torch.Tensor]:
-        moments = client._engine._executor.optimizer.state_dict()["state"]
+        moments = optimizer.state_dict()["state"]
         named = {f"{n}.{key}": v.clone() for n, row in moments.items() for key, v in row.items()}
         assert named
         pending = {f"gradient of {name}": g for name, g in gradients(client).items()}
@@ -329,7 +338,7 @@ def test_a_refused_state_changes_nothing(make: Make, samples: list[Sample]) -> N
         with pytest.raises(CheckpointError, match=told_so):
             client.load_state_with_optimizer(path).result()
         assert_equal(held(), before)
-    assert client._engine._executor.steps == 1
+    assert run_of(client).steps == 1
     client.load_state(other).result()
 
 
@@ -385,7 +394,7 @@ def test_a_closed_engine_refuses_but_finishes(make: Make, samples: list[Sample])
     client.close()
     client.close()
     assert last._future.done()
-    with pytest.raises(ModelError, match="engine is closed"):
+    with pytest.raises(ModelError, match="client is closed"):
         client.forward(data)
 
 

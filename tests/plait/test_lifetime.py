@@ -20,10 +20,10 @@ from plait.types import AdamParams, SamplingParams
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0, stop=())
 
 
-def snapshots(client: TrainingClient) -> set[int]:
-    """Numbers of those that the engine holds when what is queued is done."""
+def snapshots(client: TrainingClient) -> set[str]:
+    """Names of those that the engine holds when what is queued is done."""
     client.forward([client.datum(told("a"))]).result()
-    return set(client._engine._executor._snapshots)
+    return set(client._engine.executor.views)
 
 
 def told(answer: str) -> Sample:
@@ -50,16 +50,18 @@ def test_a_closed_snapshot_leaves_the_engine_and_the_others(
         kept = tokens(second)
         first.close()
         first.close()
-        assert snapshots(client) == {1}
+        assert snapshots(client) == {second._view}
         train(client)
         third = client.save_weights_and_get_sampling_client()
         train(client)
         assert tokens(second) == kept, "a later snapshot must not take its place"
         assert tokens(third) != kept
-    assert snapshots(client) == {2}
+    assert snapshots(client) == {third._view}
     with pytest.raises(ModelError, match="this client is closed"):
         tokens(second)
+    kept = tokens(third)
     client.close()
+    assert tokens(third) == kept, "a snapshot outlives the client that trained it"
     third.close()
     with pytest.raises(ModelError, match="client is closed"):
         tokens(third)
@@ -79,27 +81,34 @@ def test_a_dropped_snapshot_is_forgotten_when_its_commands_are_done(
 def test_a_dropped_client_frees_its_model(spec: ModelSpec, tmp_path: Path) -> None:
     client = ServiceClient(tmp_path).create_training_client(spec)
     model, worker = weakref.ref(client._built.model), client._engine._worker
+    language = weakref.ref(client._built.model.language)
     last = client.forward([client.datum(told("a disc."))])
     snapshot = client.save_weights_and_get_sampling_client()
     del client
     gc.collect()
-    assert model() is not None and worker.is_alive(), "a snapshot's client still samples"
     assert len(tokens(snapshot)) == 4
+    gc.collect()
+    assert model() is None and worker.is_alive(), "a snapshot's client still samples"
+    assert language() is not None
     del snapshot
     gc.collect()
     worker.join(timeout=20)
     assert not worker.is_alive()
     gc.collect()
-    assert model() is None
+    assert language() is None
     assert last.result().metrics["loss:sum"] > 0
 
 
 def test_clients_are_context_managers(spec: ModelSpec, tmp_path: Path) -> None:
-    with ServiceClient(tmp_path).create_training_client(spec) as client:
-        last = client.forward([client.datum(told("a disc."))])
-    assert last._future.done() and not client._engine._worker.is_alive()
+    with ServiceClient(tmp_path) as service:
+        with service.create_training_client(spec) as client:
+            last = client.forward([client.datum(told("a disc."))])
+        assert last._future.done() and not service._engine.executor.runs
+        with pytest.raises(ModelError, match="client is closed"):
+            client.forward([client.datum(told("a disc."))])
+    assert not service._engine._worker.is_alive()
     with pytest.raises(ModelError, match="engine is closed"):
-        client.forward([client.datum(told("a disc."))])
+        service.create_training_client(spec)
 
 
 def test_giving_up_waiting_does_not_take_a_command_back(
@@ -112,13 +121,13 @@ def test_giving_up_waiting_does_not_take_a_command_back(
     patient.forward_backward(data)
     expected = patient.optim_step(params).result().metrics
     gate, model = threading.Event(), client._built.model
-    compute = model.compute
+    compute = model.score
 
     def slow(*values: Any, **named: Any) -> Any:
         assert gate.wait(30)
         return compute(*values, **named)
 
-    monkeypatch.setattr(model, "compute", slow)
+    monkeypatch.setattr(model, "score", slow)
 
     async def main() -> None:
         client.forward_backward(data)

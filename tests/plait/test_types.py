@@ -115,6 +115,8 @@ def test_an_unknown_loss_input_is_refused_with_the_nearest() -> None:
         Datum(ModelInput.from_ints([0]), {"target_token": [1]})
 
 
-def test_soft_targets_are_refused_by_their_shape() -> None:
-    with pytest.raises(DataError, match=r"one value per position; its shape is \[1, 2\]"):
-        Datum(ModelInput.from_ints([0]), {"target_tokens": [[1, 2]]})
+def test_loss_inputs_have_a_value_per_position_or_per_target() -> None:
+    datum = Datum(ModelInput.from_ints([0]), {"target_tokens": [[1, 2]]})
+    assert datum.loss_fn_inputs["target_tokens"].shape == [1, 2]
+    with pytest.raises(DataError, match=r"or one per target of it; its shape is \[1, 1, 2\]"):
+        Datum(ModelInput.from_ints([0]), {"target_tokens": [[[1, 2]]]})

@@ -12,30 +12,51 @@ import pytest
 import torch
 from torch import nn
 
-from plait.errors import ConfigError, DataError, ModelError, UnknownNameError
-from plait.modalities import Text
+from plait.errors import ConfigError, DataError, ModelError, Origin, UnknownNameError
+from plait.modalities import Limits, Text
 from plait.stream import Document, Message, Sample, render
-from plait.trainer.build import Built, build
+from plait.trainer.build import Built
 from plait.trainer.config import TrainConfig, config_from
 from plait.trainer.engine import commands
 from plait.trainer.engine.controller import Engine, EngineSettings
+from plait.trainer.model import LEARN
 from plait.trainer.optimiser import StepSettings, make_optimizer, prepare_step
 from plait.trainer.sampling.settings import SamplerSettings
 from plait.trainer.schedule import settings_at
-from plait.trainer.spec import LoraSpec
+from plait.trainer.spec import LoraSpec, ModelSpec
 
 
 @pytest.fixture
-def built(tiny_values: dict[str, Any]) -> Built:
-    spec = config_from(tiny_values).model
-    return build(replace(spec, encoders={}, lora=LoraSpec(rank=2)), 0)
+def spec(tiny_values: dict[str, Any]) -> ModelSpec:
+    return replace(config_from(tiny_values).model, encoders={}, lora=LoraSpec(rank=2))
+
+
+class Lone:
+    """An engine with one run."""
+
+    def __init__(self, spec: ModelSpec, settings: EngineSettings | None = None, seed: int = 0):
+        self.engine = Engine(settings)
+        self.name, self.built = self.engine.create_run(spec, seed, Limits())
+        self.run = self.engine.executor.runs[self.name]
+
+    def forward_backward(self, documents: list[Document], *, backward: bool = True) -> Any:
+        return self.engine.forward_backward(self.name, documents, backward=backward).result()
+
+    def step(self, **options: Any) -> Any:
+        command = commands.OptimStep(self.name, StepSettings(), **options)
+        return self.engine.submit(command).result()
 
 
 @pytest.fixture
-def engine(built: Built) -> Iterator[Engine]:
-    engine = Engine(built, EngineSettings(capacity=12))
-    yield engine
-    engine.close()
+def lone(spec: ModelSpec) -> Iterator[Lone]:
+    lone = Lone(spec, EngineSettings(capacity=12))
+    yield lone
+    lone.engine.close()
+
+
+@pytest.fixture
+def engine(lone: Lone) -> Engine:
+    return lone.engine
 
 
 def document(length: int, group: int | None = None) -> Document:
@@ -49,8 +70,8 @@ def document(length: int, group: int | None = None) -> Document:
     )
 
 
-def gradients(built: Built) -> list[torch.Tensor | None]:
-    return [None if p.grad is None else p.grad.clone() for _, _, p in built.model.trainable()]
+def gradients(lone: Lone) -> list[torch.Tensor | None]:
+    return [None if g is None else g.clone() for g in lone.run.gradients]
 
 
 def test_a_plan_covers_each_document_once_within_the_capacity(engine: Engine) -> None:
@@ -65,7 +86,7 @@ def test_a_plan_covers_each_document_once_within_the_capacity(engine: Engine) ->
 
 def test_what_fits_is_one_micro_batch_in_its_order(engine: Engine) -> None:
     assert engine.plan([document(n) for n in (2, 5, 1, 4)]) == [[0, 1, 2, 3]]
-    few = Engine(engine.built, EngineSettings(capacity=12, max_documents=2))
+    few = Engine(EngineSettings(capacity=12, max_documents=2))
     assert all(len(batch) <= 2 for batch in few.plan([document(2)] * 5))
     few.close()
 
@@ -78,32 +99,40 @@ def test_documents_of_a_group_stay_together(engine: Engine) -> None:
         engine.plan([document(7, group=1), document(7, group=1)])
 
 
-def test_commands_and_results_are_plain_data(engine: Engine, tmp_path: Path) -> None:
+def test_commands_and_results_are_plain_data(lone: Lone, tmp_path: Path) -> None:
     """They will travel between processes."""
+    engine, run = lone.engine, lone.name
     documents = [document(3), document(4)]
     prompt = render(
         Sample(messages=(Message("user", (Text("a"),)),)),
-        engine.built.tokenizer, engine.built.layout, for_generation=True,
+        lone.built.tokenizer, lone.built.layout, for_generation=True,
     )  # fmt: skip
+    settings = SamplerSettings(max_tokens=2)
     for command in [
-        commands.ForwardBackward(documents, engine.plan(documents)),
-        commands.OptimStep(StepSettings(), divide_by_weight=True),
-        commands.SaveState(tmp_path / "one"),
-        commands.LoadState(tmp_path / "one", with_optimizer=True),
-        commands.TakeSnapshot(),
-        commands.Sample(prompt, SamplerSettings(max_tokens=2), 2, 0),
-        commands.DropSnapshot(0),
+        commands.ForwardBackward(run, documents, engine.plan(documents), LEARN),
+        commands.OptimStep(run, StepSettings(), divide_by_weight=True),
+        commands.SaveState(run, tmp_path / "one", cursor={"row": 3}),
+        commands.LoadState(run, tmp_path / "one", with_optimizer=True),
+        commands.TakeView(run, "one"),
+        commands.Sample("one", prompt, settings, 2, prompt_logprobs=True, request="a"),
+        commands.CancelSample("one", "a"),
+        commands.DropView("one"),
     ]:
         copy: Any = pickle.loads(pickle.dumps(command))
         result = engine.submit(copy).result()
-        pickle.loads(pickle.dumps(result))
-    with pytest.raises(UnknownNameError, match="unknown snapshot '7'"):
-        engine.submit(commands.Sample(prompt, SamplerSettings(), 1, 7)).result()
+        if not isinstance(result, Built):  # which stays in its process
+            pickle.loads(pickle.dumps(result))
+        if isinstance(command, commands.LoadState):
+            assert result == {"row": 3}
+    with pytest.raises(UnknownNameError, match="unknown snapshot 'seven'"):
+        engine.submit(commands.Sample("seven", prompt, SamplerSettings(), 1)).result()
+    with pytest.raises(UnknownNameError, match="unknown run 'seven'"):
+        engine.forward_backward("seven", documents).result()
 
 
-def test_results_are_each_documents_own(engine: Engine) -> None:
+def test_results_are_each_documents_own(lone: Lone) -> None:
     documents = [document(9), document(3), document(7)]
-    results = engine.forward_backward(documents, backward=False).result()
+    results = lone.forward_backward(documents, backward=False)
     assert [len(result.logprobs) for result in results] == [9, 3, 7]
     for one, result in zip(documents, results, strict=True):
         assert result.loss == pytest.approx(-result.logprobs.sum(), rel=1e-5)
@@ -111,37 +140,44 @@ def test_results_are_each_documents_own(engine: Engine) -> None:
     np.testing.assert_allclose(results[0].logprobs[:3], results[1].logprobs, rtol=1e-5)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(engine: Engine) -> None:
-    engine.forward_backward([document(5)], backward=True).result()
-    _, _, first = next(iter(engine.built.model.trainable()))
-    assert first.grad is not None
-    first.grad[0] = torch.inf
-    before, weights = gradients(engine.built), first.detach().clone()
+def equal(one: list[torch.Tensor | None], other: list[torch.Tensor | None]) -> bool:
+    return all(a is not None and b is not None and torch.equal(a, b)
+               for a, b in zip(one, other, strict=True))  # fmt: skip
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(lone: Lone) -> None:
+    lone.forward_backward([document(5)])
+    _, _, first = lone.run.trainable[0]
+    assert lone.run.gradients[0] is not None
+    lone.run.gradients[0][0] = torch.inf
+    before, weights = gradients(lone), first.detach().clone()
     with pytest.raises(ModelError, match="gradients must be finite; their norm is inf"):
-        engine.submit(commands.OptimStep(StepSettings(), divide_by_weight=True)).result()
-    after = gradients(engine.built)
-    assert all(a is not None and b is not None and torch.equal(a, b)
-               for a, b in zip(after, before, strict=True))  # fmt: skip
+        lone.step(divide_by_weight=True)
+    assert equal(gradients(lone), before)
     assert torch.equal(first, weights)
 
 
-def test_a_loss_that_is_not_finite_adds_nothing(engine: Engine) -> None:
-    bad = replace(document(12), weights=np.full(12, np.inf, dtype=np.float32))
-    good = engine.forward_backward([document(12)], backward=True)
-    good.result()
-    before = gradients(engine.built)
-    with pytest.raises(ModelError, match="a loss must be finite"):
-        engine.forward_backward([document(12), bad], backward=True).result()
-    assert all(a is not None and b is not None and torch.equal(a, b)
-               for a, b in zip(gradients(engine.built), before, strict=True))  # fmt: skip
+def test_a_loss_that_is_not_finite_adds_nothing_and_names_its_datum(lone: Lone) -> None:
+    bad = replace(
+        document(12), weights=np.full(12, np.inf, dtype=np.float32), origin=Origin("pets", 7)
+    )
+    lone.forward_backward([document(12)])
+    before = gradients(lone)
+    with pytest.raises(DataError, match=r"a loss must be finite; .*dataset pets, row 7"):
+        lone.forward_backward([document(12), bad])
+    assert equal(gradients(lone), before)
+    with pytest.raises(ModelError, match=r"one failed: a loss must be finite"):
+        lone.step()
+    assert equal(gradients(lone), before)
+    lone.step()
 
 
-def test_untrained_parameters_are_named(engine: Engine) -> None:
-    engine.forward_backward([document(5)], backward=True).result()
-    *_, (_, name, last) = engine.built.model.trainable()
-    last.grad = None
+def test_untrained_parameters_are_named(lone: Lone) -> None:
+    lone.forward_backward([document(5)])
+    _, name, _ = lone.run.trainable[-1]
+    lone.run.gradients[-1] = None
     with pytest.raises(ModelError, match=f"1 parameters got no gradient.*{name}"):
-        engine.submit(commands.OptimStep(StepSettings())).result()
+        lone.step()
 
 
 class Toy(nn.Module):
@@ -161,20 +197,21 @@ class Toy(nn.Module):
 @pytest.mark.parametrize("clip", [0.0, 0.1])
 def test_steps_are_adamw_on_divided_clipped_gradients(clip: float) -> None:
     """Against the formulas of Loshchilov and Hutter (2019), in float64."""
-    toy: Any = Toy()
+    toy = Toy()
+    trainable = list(toy.trainable())
     settings = StepSettings(
         learning_rate=0.1, weight_decay=0.2, grad_clip_norm=clip,
         part_learning_rates={"projector": 0.3},
     )  # fmt: skip
     assert (settings.beta1, settings.beta2, settings.eps) == (0.9, 0.95, 1e-12)
-    optimizer = make_optimizer(toy)
+    optimizer = make_optimizer(trainable)
     mine = [(toy.matrix.detach().clone(), 0.1, 0.2), (toy.bias.detach().clone(), 0.3, 0.0)]
     moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value, _, _ in mine]
     generator = torch.Generator().manual_seed(1)
     for step in range(1, 5):
         sums = [torch.randn(v.shape, dtype=torch.float64, generator=generator) for v, _, _ in mine]
         toy.matrix.grad, toy.bias.grad = (gradient.clone() for gradient in sums)
-        metrics = prepare_step(toy, optimizer, settings, divide_by=4.0)
+        metrics = prepare_step(trainable, optimizer, settings, divide_by=4.0)
         optimizer.step()
         means = [gradient / 4 for gradient in sums]
         norm = float(torch.cat([gradient.flatten() for gradient in means]).norm())
@@ -217,27 +254,27 @@ def test_rates_rise_linearly_and_fall_along_a_cosine() -> None:
     assert (settings.weight_decay, settings.grad_clip_norm) == (0.3, 0.7)
 
 
-def test_dropout_draws_from_the_engine_s_own_state(tiny_values: dict[str, Any]) -> None:
-    """Two engines in one process, and whatever else draws, change nothing of one another."""
-    spec = replace(config_from(tiny_values).model, encoders={}, lora=LoraSpec(rank=2, dropout=0.5))
+def test_dropout_draws_from_the_run_s_own_state(spec: ModelSpec) -> None:
+    """Two runs in one process, and whatever else draws, change nothing of one another."""
+    spec = replace(spec, lora=LoraSpec(rank=2, dropout=0.5))
 
-    def losses(engines: list[Engine]) -> list[list[float]]:
-        found: list[list[float]] = [[] for _ in engines]
+    def losses(lones: list[Lone]) -> list[list[float]]:
+        found: list[list[float]] = [[] for _ in lones]
         for _ in range(3):
-            for mine, engine in zip(found, engines, strict=True):
+            for mine, lone in zip(found, lones, strict=True):
                 torch.rand(1)
-                [result] = engine.forward_backward([document(10)], backward=True).result()
+                [result] = lone.forward_backward([document(10)])
                 mine.append(result.loss)
-        for engine in engines:
-            engine.close()
+        for lone in lones:
+            lone.engine.close()
         return found
 
-    def made(seed: int) -> Engine:
-        built = build(spec, seed)
-        for _, name, parameter in built.model.trainable():
+    def made(seed: int) -> Lone:
+        lone = Lone(spec, seed=seed)
+        for _, name, parameter in lone.run.trainable:
             if "lora_B" in name:  # zeros at the start, where dropout changes nothing
                 torch.nn.init.ones_(parameter)
-        return Engine(built)
+        return lone
 
     [alone] = losses([made(0)])
     assert len(set(alone)) == 3

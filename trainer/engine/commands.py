@@ -1,18 +1,40 @@
 """Commands and results between controller and executors: plain data that can be pickled.
 
-Shape letters: T positions of a document.
+Shape letters: T positions of a document, K soft targets of a position.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from plait.modalities import Limits
 from plait.stream import Document
+from plait.trainer.model import Objective
 from plait.trainer.optimiser import StepSettings
-from plait.trainer.sampling.requests import Generated
+from plait.trainer.sampling.requests import Generated, PromptScores
 from plait.trainer.sampling.settings import SamplerSettings
+from plait.trainer.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class CreateRun:
+    """Build a model that trains, on a language model that is there already where it may."""
+
+    run: str
+    spec: ModelSpec
+    seed: int
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class DropRun:
+    """Forget a run when what is queued of it is done; one that is gone is no error."""
+
+    run: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,70 +42,122 @@ class ForwardBackward:
     """Compute documents in the micro-batches planned: lists of indices into `documents`.
 
     Without `backward` nothing is added to the gradients, and logprobs are given at every text
-    position, not only where there is a weight.
+    position, not only where the loss reads them.
     """
 
+    run: str
     documents: list[Document]
     micro_batches: list[list[int]]
+    objective: Objective
     backward: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentResult:
-    """One document's logprobs (T,), 0 where none was computed, its loss and its weight."""
+    """One document's logprobs (T,) or (T, K), 0 where none was computed, its loss, its weight, and
+    what its loss says besides."""
 
     logprobs: NDArray[np.float32]
     loss: float
     weight: float
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class OptimStep:
     """Apply the summed gradients, divided by their summed weights where asked, and clear them."""
 
+    run: str
     settings: StepSettings
     divide_by_weight: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """Continue one prompt `samples` times with the weights of `snapshot`, or the present ones."""
-
-    prompt: Document
-    settings: SamplerSettings
-    samples: int = 1
-    snapshot: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TakeSnapshot:
-    """Keep an immutable copy of the present weights; the result is its number."""
-
-
-@dataclass(frozen=True, slots=True)
-class DropSnapshot:
-    """Forget a snapshot; one that is gone already is no error."""
-
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
 class SaveState:
-    """Write weights, optimiser and random state into `folder`; refused while gradients pend."""
+    """Write a run's weights into `folder`, and all else that it needs to go on exactly."""
 
+    run: str
     folder: Path
     weights_only: bool = False
     metadata: dict[str, str] = field(default_factory=dict)
     """The user's own words about the run, for the manifest."""
+
+    cursor: Any = None
+    """Whatever the caller needs to go on with its data, as plain JSON."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadState:
     """Read back what `SaveState` wrote; without the optimiser's state where not asked for."""
 
+    run: str
     folder: Path
     with_optimizer: bool = False
 
 
-Command = ForwardBackward | OptimStep | Sample | TakeSnapshot | DropSnapshot | SaveState | LoadState
-Result = list[DocumentResult] | dict[str, float] | list[Generated] | int | None
+@dataclass(frozen=True, slots=True)
+class TakeView:
+    """Keep an immutable copy of a run's present weights, to sample from as `view`."""
+
+    run: str
+    view: str
+
+
+@dataclass(frozen=True, slots=True)
+class CreateView:
+    """Build a model that only samples, with the weights of a checkpoint where one is named."""
+
+    view: str
+    spec: ModelSpec
+    folder: Path | None
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class DropView:
+    """Forget a view when its samples are done; one that is gone already is no error."""
+
+    view: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Continue one prompt `samples` times with the weights of `view`."""
+
+    view: str
+    prompt: Document
+    settings: SamplerSettings
+    samples: int = 1
+    prompt_logprobs: bool = False
+    top_prompt_logprobs: int = 0
+    on_token: Callable[[int, int, float], None] | None = None
+    """In this process only: is told each token as it comes."""
+
+    request: str = ""
+    """What `CancelSample` calls it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CancelSample:
+    """Take a request back; one that is done already is no error."""
+
+    view: str
+    request: str
+
+
+def named(command: Sample, request: str) -> Sample:
+    """The same, so that it can be cancelled."""
+    return replace(command, request=request)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The samples of a prompt, and what the model thinks of it, where that was asked for."""
+
+    samples: list[Generated]
+    scores: PromptScores | None = None
+
+
+RunCommand = CreateRun | DropRun | ForwardBackward | OptimStep | SaveState | LoadState | TakeView
+ViewCommand = CreateView | DropView | Sample | CancelSample
+Command = RunCommand | ViewCommand

@@ -1,237 +1,265 @@
-"""One rank's half of the engine: owns the model, the gradients and the optimiser."""
+"""One rank's half of the engine: owns the models, the gradients, the optimisers, the sampler."""
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property
-from itertools import count
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from plait.datasets.decoding import Decoder
-from plait.errors import CheckpointError, DataError, ModelError, UnknownNameError
-from plait.stream import Document, Item, ItemInputs, pack
+from plait.encoders import weights
+from plait.errors import DataError, UnknownNameError
+from plait.modalities import Limits
+from plait.stream import Document, Item, ItemInputs
 from plait.trainer import checkpoint
-from plait.trainer.build import Built
-from plait.trainer.engine.commands import (
-    Command,
-    DocumentResult,
-    DropSnapshot,
-    ForwardBackward,
-    LoadState,
-    OptimStep,
-    Result,
-    Sample,
-    SaveState,
-    TakeSnapshot,
-)
-from plait.trainer.model import Sums
-from plait.trainer.optimiser import make_optimizer, prepare_step, refuse_untrained
-from plait.trainer.sampling.generating import generate
-from plait.trainer.sampling.requests import Generated
+from plait.trainer.base import Base
+from plait.trainer.build import Built, attach, load_base, trains_language
+from plait.trainer.engine import commands
+from plait.trainer.engine.computing import Slice, compute
+from plait.trainer.engine.runs import Run
+from plait.trainer.lora import remove_lora
+from plait.trainer.sampling.requests import Generated, Job, PromptScores, Request
+from plait.trainer.sampling.sampler import Sampler
+from plait.trainer.spec import ModelSpec
+from plait.trainer.views import frozen_view
 
-_PROCESS_RANDOM = threading.Lock()
+
+class View:
+    """Weights that only sample, and how many requests still need them."""
+
+    def __init__(self, built: Built) -> None:
+        self.built = built
+        self.sampling = 0
+        self.dropped = False
 
 
 class Executor:
-    """Executes commands one at a time, in order.
+    """Executes commands one at a time, in the order given.
 
-    A command that fails leaves weights, gradients and optimiser as they were.
+    A command that fails leaves weights, gradients and optimisers as they were.
+
+    Args:
+        sampler_bytes: Memory for the keys and values of what is sampled, on each language model.
     """
 
-    def __init__(self, built: Built) -> None:
-        self.built, self.model = built, built.model
-        self.decoder = Decoder()
-        for name in self.model.encoders:
-            self.model.media_encoder(name).headers = self.decoder.header
-        self.random = torch.Generator().manual_seed(built.seed).get_state()
-        self.steps = 0
-        self.pending_weight = 0.0
-        self._snapshots: dict[int, dict[str, Tensor]] = {}
-        self._numbers = count()
+    def __init__(self, sampler_bytes: int) -> None:
+        self.runs: dict[str, Run] = {}
+        self.views: dict[str, View] = {}
+        self._sampler_bytes = sampler_bytes
+        self._decoder = Decoder()
+        self._bases: weakref.WeakValueDictionary[tuple[str, ...], Base] = (
+            weakref.WeakValueDictionary()
+        )
+        self._samplers: dict[int, Sampler] = {}
+        """By the identity of the language model's backbone."""
 
-    @cached_property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Made when it is first needed: a model that only samples has nothing to optimise."""
-        return make_optimizer(self.model)
+        self._jobs: dict[str, tuple[Sampler, Job]] = {}
+        """Requests that may be cancelled, by name."""
 
-    def execute(self, command: Command) -> Result:
+    def execute(self, command: commands.Command) -> Any:
+        """Do what is not computed in slices and not sampled."""
         return _HANDLERS[type(command)](self, command)
 
-    def forward_backward(self, command: ForwardBackward) -> list[DocumentResult]:
-        results: list[DocumentResult | None] = [None] * len(command.documents)
-        self.model.train(command.backward)
-        with (
-            self._unchanged_on_failure(),
-            self._own_random(),
-            torch.set_grad_enabled(command.backward),
-        ):
-            for indices in command.micro_batches:
-                documents = [command.documents[i] for i in indices]
-                stream = pack(documents, [self._load(document) for document in documents])
-                sums = self.model.compute(stream, everywhere=not command.backward)
-                if command.backward:
-                    self._backward(sums)
-                for index, result in zip(indices, _results(documents, sums), strict=True):
-                    results[index] = result
-        return [result for result in results if result is not None]
+    def run(self, name: str) -> Run:
+        """
+        Raises:
+            UnknownNameError: it was dropped, or never was.
+        """
+        if name not in self.runs:
+            raise UnknownNameError("run", name, self.runs)
+        return self.runs[name]
 
-    def _backward(self, sums: Sums) -> None:
-        if not torch.isfinite(sums.loss):
-            raise ModelError(
-                f"a loss must be finite; this one is {float(sums.loss.detach())}: nothing was "
-                "added to the gradients; look at the data of this call"
-            )
-        sums.loss.backward()  # type: ignore[no-untyped-call]
-        self.pending_weight += sums.weight
+    def view(self, name: str) -> View:
+        """
+        Raises:
+            UnknownNameError: it was dropped, or never was.
+        """
+        if name not in self.views or self.views[name].dropped:
+            raise UnknownNameError("snapshot", name, self.views)
+        return self.views[name]
 
-    def _load(self, document: Document) -> list[ItemInputs]:
-        return [self._load_item(item) for item in document.items]
+    def create_run(self, command: commands.CreateRun) -> Built:
+        built = self._built(command.spec, command.seed, command.limits, command.run, trains=True)
+        self.runs[command.run] = Run(command.run, built)
+        return built
 
-    def _load_item(self, item: Item) -> ItemInputs:
-        encoder = self.model.media_encoder(item.plan.encoder).encoder
+    def create_view(self, command: commands.CreateView) -> Built:
+        built = self._built(command.spec, 0, command.limits, command.view, trains=False)
+        if command.folder is not None:
+            try:
+                checkpoint.load(command.folder, built, with_state=False)
+            except BaseException:
+                self._release(built)
+                raise
+        self.views[command.view] = View(built)
+        return built
+
+    def _built(
+        self, spec: ModelSpec, seed: int, limits: Limits, name: str, *, trains: bool
+    ) -> Built:
+        alone = trains_language(spec)
+        base = load_base(spec) if alone else self._base(spec)
+        built = attach(
+            base, spec, seed, limits, trains=trains, adapter="default" if alone else name
+        )
+        for encoder in built.model.encoders:
+            built.model.media_encoder(encoder).headers = self._decoder.header
+        return built
+
+    def _base(self, spec: ModelSpec) -> Base:
+        """The language model, which runs of equal settings share."""
+        key = (str(weights.resolve(spec.language)), spec.dtype, spec.attention)
+        base = self._bases.get(key)
+        if base is None:
+            base = load_base(spec)
+            self._bases[key] = base
+        return base
+
+    def drop_run(self, command: commands.DropRun) -> None:
+        run = self.runs.pop(command.run, None)
+        if run is not None:
+            self._release(run.built)
+
+    def take_view(self, command: commands.TakeView) -> Built:
+        built = frozen_view(self.run(command.run).built, command.view)
+        self.views[command.view] = View(built)
+        return built
+
+    def drop_view(self, command: commands.DropView) -> None:
+        view = self.views.get(command.view)
+        if view is not None:
+            view.dropped = True
+            self._forget_if_idle(command.view, view)
+
+    def _forget_if_idle(self, name: str, view: View) -> None:
+        if view.dropped and not view.sampling:
+            self.views.pop(name, None)
+            backbone = view.built.model.backbone
+            sampler = self._samplers.get(id(backbone))
+            if sampler is not None:
+                sampler.forget(view.built.model)
+            self._release(view.built)
+
+    def _release(self, built: Built) -> None:
+        """Take a model's adapter off the language model that others go on with."""
+        backbone, adapter = built.model.backbone, built.model.adapter
+        if adapter is not None and backbone.shared is not None:
+            remove_lora(backbone.language, adapter)
+            backbone.adapters_changed()
+        models = [run.model for run in self.runs.values()]
+        models += [view.built.model for view in self.views.values()]
+        if all(model.backbone is not backbone for model in models):
+            self._samplers.pop(id(backbone), None)
+
+    def compute(self, slices: Sequence[Slice]) -> list[list[commands.DocumentResult] | Exception]:
+        """Compute one micro-batch of each of several runs, as one row; see `computing`."""
+        return compute(slices, self.load)
+
+    def optim_step(self, command: commands.OptimStep) -> dict[str, float]:
+        return self.run(command.run).step(command.settings, command.divide_by_weight)
+
+    def save_state(self, command: commands.SaveState) -> None:
+        run = self.run(command.run)
+        state = None if command.weights_only else run.state(cursor=command.cursor)
+        checkpoint.save(command.folder, run.built, state, metadata=command.metadata)
+
+    def load_state(self, command: commands.LoadState) -> Any:
+        """Returns the cursor that was saved with the state, if the state was asked for."""
+        run = self.run(command.run)
+
+        def accept(state: checkpoint.State | None) -> None:
+            if command.with_optimizer:
+                run.check(command.folder, state)
+
+        state = checkpoint.load(
+            command.folder, run.built, with_state=command.with_optimizer, accept=accept
+        )
+        run.clear()
+        if state is None:
+            return None
+        run.restore(state)
+        return state.extra.get("cursor")
+
+    def sample(self, command: commands.Sample, future: "Future[Any]") -> None:
+        """Hand a request to the sampler; its future is done in a later step."""
+        view = self.view(command.view)
+        built = view.built
+        request = Request(
+            built.model,
+            built.tokenizer,
+            built.layout,
+            command.prompt,
+            self.load(command.prompt, built),
+            command.settings,
+            command.samples,
+            owner=command.view,
+            prompt_logprobs=command.prompt_logprobs,
+            top_prompt_logprobs=command.top_prompt_logprobs,
+            on_token=command.on_token,
+        )
+
+        def ended() -> None:
+            self._jobs.pop(command.request, None)
+            view.sampling -= 1
+            self._forget_if_idle(command.view, view)
+
+        def done(rows: list[Generated], scores: PromptScores | None) -> None:
+            ended()
+            future.set_result(commands.Sampled(rows, scores))
+
+        def failed(error: BaseException) -> None:
+            ended()
+            future.set_exception(error)
+
+        sampler = self._sampler(built)
+        job = sampler.add(request, done, failed)
+        view.sampling += 1
+        if command.request:
+            self._jobs[command.request] = sampler, job
+
+    def cancel_sample(self, command: commands.CancelSample) -> None:
+        if command.request in self._jobs:
+            sampler, job = self._jobs[command.request]
+            sampler.cancel(job)
+
+    def _sampler(self, built: Built) -> Sampler:
+        backbone = built.model.backbone
+        if id(backbone) not in self._samplers:
+            slots = max(1, self._sampler_bytes // backbone.slot_bytes)
+            self._samplers[id(backbone)] = Sampler(backbone, slots=slots)
+        return self._samplers[id(backbone)]
+
+    @property
+    def sampling(self) -> bool:
+        """Whether `sample_step` has something to do."""
+        return any(sampler.busy for sampler in self._samplers.values())
+
+    def sample_step(self) -> None:
+        """One step of each language model's sampler."""
+        for sampler in list(self._samplers.values()):
+            if sampler.busy:
+                sampler.step()
+
+    def load(self, document: Document, built: Built) -> list[ItemInputs]:
+        """Decode and process a document's media."""
+        return [self._load_item(item, built) for item in document.items]
+
+    def _load_item(self, item: Item, built: Built) -> ItemInputs:
+        encoder = built.model.media_encoder(item.plan.encoder).encoder
         try:
-            media = self.decoder.decode(item.part, self.built.limits, item.plan.wanted)
+            media = self._decoder.decode(item.part, built.limits, item.plan.wanted)
             return ItemInputs(inputs=encoder.process(media))
         except DataError as error:
             raise error.at(item.origin) from error
 
-    @contextmanager
-    def _own_random(self) -> Iterator[None]:
-        """Dropout draws from this engine's own state, whatever else this process draws.
 
-        torch's layers know the process's generator only, hence the lock.
-        """
-        with _PROCESS_RANDOM, torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self.random)
-            yield
-            self.random = torch.get_rng_state()
-
-    @contextmanager
-    def _unchanged_on_failure(self) -> Iterator[None]:
-        """Gradients of a call are all added or not at all."""
-        parameters = [parameter for _, _, parameter in self.model.trainable()]
-        before = [None if p.grad is None else p.grad.clone() for p in parameters]
-        weight = self.pending_weight
-        try:
-            yield
-        except BaseException:
-            for parameter, gradient in zip(parameters, before, strict=True):
-                parameter.grad = gradient
-            self.pending_weight = weight
-            raise
-
-    def optim_step(self, command: OptimStep) -> dict[str, float]:
-        if not any(p.grad is not None for _, _, p in self.model.trainable()):
-            raise ModelError(
-                "optim_step needs gradients and there are none; call forward_backward before it"
-            )
-        if self.steps == 0:
-            refuse_untrained(self.model)
-        divide_by = self.pending_weight if command.divide_by_weight else 1.0
-        if divide_by == 0:
-            raise ModelError("divide_by_weight needs weights above 0; all weights were 0")
-        metrics = prepare_step(self.model, self.optimizer, command.settings, divide_by)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.pending_weight = 0.0
-        self.steps += 1
-        return {"grad_norm:mean": metrics["grad_norm"]}
-
-    def sample(self, command: Sample) -> list[Generated]:
-        with self._weights_of(command.snapshot):
-            rows = generate(
-                self.model,
-                self.built.tokenizer,
-                self.built.layout,
-                [command.prompt],
-                [self._load(command.prompt)],
-                command.settings,
-                command.samples,
-            )
-        return list(rows[0])
-
-    def take_snapshot(self, command: TakeSnapshot) -> int:
-        del command
-        number = next(self._numbers)
-        self._snapshots[number] = self._copies()
-        return number
-
-    def drop_snapshot(self, command: DropSnapshot) -> None:
-        self._snapshots.pop(command.number, None)
-
-    def _copies(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().clone() for _, name, parameter in self.model.trainable()}
-
-    @contextmanager
-    def _weights_of(self, snapshot: int | None) -> Iterator[None]:
-        """The weights of a snapshot for the time of a block; training never sees them."""
-        if snapshot is None:
-            yield
-            return
-        if snapshot not in self._snapshots:
-            raise UnknownNameError("snapshot", str(snapshot), map(str, self._snapshots))
-        present = self._copies()
-        self._put(self._snapshots[snapshot])
-        try:
-            yield
-        finally:
-            self._put(present)
-
-    @torch.no_grad()
-    def _put(self, weights: dict[str, Tensor]) -> None:
-        for _, name, parameter in self.model.trainable():
-            parameter.copy_(weights[name])
-
-    def save_state(self, command: SaveState) -> None:
-        if command.weights_only:
-            checkpoint.save(command.folder, self.built, metadata=command.metadata)
-            return
-        if self.pending_weight or any(p.grad is not None for _, _, p in self.model.trainable()):
-            raise CheckpointError(
-                "save_state keeps the end of a step, and gradients are pending; call optim_step "
-                "before it"
-            )
-        state = checkpoint.capture(self.optimizer, self.steps, self.random)
-        checkpoint.save(command.folder, self.built, state, metadata=command.metadata)
-
-    def load_state(self, command: LoadState) -> None:
-        def accept(state: checkpoint.State | None) -> None:
-            if command.with_optimizer:
-                checkpoint.check_state(command.folder, state, self.optimizer)
-
-        state = checkpoint.load(
-            command.folder, self.built, with_state=command.with_optimizer, accept=accept
-        )
-        if state is not None:
-            self.optimizer.load_state_dict(state.optimizer)
-            self.random, self.steps = state.random, state.step
-        self.optimizer.zero_grad(set_to_none=True)
-        self.pending_weight = 0.0
-
-
-_HANDLERS: dict[type[Command], Callable[[Executor, Any], Result]] = {
-    ForwardBackward: Executor.forward_backward,
-    OptimStep: Executor.optim_step,
-    Sample: Executor.sample,
-    TakeSnapshot: Executor.take_snapshot,
-    DropSnapshot: Executor.drop_snapshot,
-    SaveState: Executor.save_state,
-    LoadState: Executor.load_state,
+_HANDLERS: dict[type, Callable[[Executor, Any], Any]] = {
+    commands.CreateRun: Executor.create_run,
+    commands.DropRun: Executor.drop_run,
+    commands.OptimStep: Executor.optim_step,
+    commands.SaveState: Executor.save_state,
+    commands.LoadState: Executor.load_state,
+    commands.TakeView: Executor.take_view,
+    commands.CreateView: Executor.create_view,
+    commands.DropView: Executor.drop_view,
+    commands.CancelSample: Executor.cancel_sample,
 }
-
-
-def _results(documents: Sequence[Document], sums: Sums) -> list[DocumentResult]:
-    """Cut a stream's logprobs into its documents'."""
-    total = sum(document.length for document in documents)
-    logprobs = np.zeros(total, dtype=np.float32)
-    logprobs[sums.index.numpy()] = sums.logprobs.cpu().numpy()
-    results, start = [], 0
-    for document, (loss, weight) in zip(documents, sums.documents, strict=True):
-        stop = start + document.length
-        results.append(DocumentResult(logprobs[start:stop], loss, weight))
-        start = stop
-    return results

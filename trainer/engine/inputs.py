@@ -1,13 +1,17 @@
 """Documents from explicit tokens and media, and back: the form in which loops send their data."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from plait.errors import DataError, Origin
 from plait.modalities import MediaPart
 from plait.stream import Document, Item, Layout, Span, Tokenize, write_media
+from plait.trainer.losses import check_inputs
+from plait.trainer.model import LEARN, Objective
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,23 +29,25 @@ def document_from(
     pieces: Sequence[Piece],
     layout: Layout,
     encode: Tokenize,
-    targets: Sequence[int] | None = None,
-    weights: Sequence[float] | None = None,
+    inputs: Mapping[str, NDArray[Any]] | None = None,
+    objective: Objective = LEARN,
     *,
     vocabulary: int,
+    group: int | None = None,
 ) -> Document:
     """A document whose tokens are given; media take the positions that their headers plan.
 
     It comes from where the first of its media that says so does.
 
     Args:
-        targets, weights: One value per position; without targets nothing is learned.
+        inputs: The loss's, by name, target_tokens among them; with none nothing is learned.
         encode: From text to token ids, for what a layout writes inside a film.
         vocabulary: Token ids are below it.
 
     Raises:
         DataError: a length or a token id is wrong, a media position carries weight, or nothing is
             there.
+        UnknownNameError: the loss reads no such input.
     """
     origins = [piece.origin for piece in pieces if isinstance(piece, Media)]
     origin = next((one for one in origins if str(one)), Origin())
@@ -50,64 +56,78 @@ def document_from(
     items: list[Item] = []
     for piece in pieces:
         if not isinstance(piece, Media):
-            _check_known("a token id", piece, vocabulary, origin)
+            _check_known("a token id", np.asarray(piece, dtype=np.int64), vocabulary, origin)
             ids += [int(token) for token in piece]
             continue
         media = write_media(piece.part, layout, encode, piece.origin).bare()
         spans += media.spans_from(len(ids), len(items))
         items += media.items_from(len(items))
         ids += media.token_ids
-    length = len(ids)
+    if not ids:
+        raise DataError("an input needs at least one position; this one is empty", origin)
     token_ids = np.array(ids, dtype=np.int64)
-    wanted = _sized("target_tokens", targets, length, 0, origin)
-    _check_known("a target", wanted, vocabulary, origin)
-    document = Document(
+    targets, weights, more = _loss_inputs(inputs, objective, len(ids), spans, origin)
+    _check_known("a target", targets, vocabulary, origin)
+    return Document(
         token_ids=token_ids,
-        targets=np.array(wanted, dtype=np.int64),
-        weights=np.array(_sized("weights", weights, length, 0.0, origin), dtype=np.float32),
+        targets=targets,
+        weights=weights,
         positions=layout.positions(token_ids, spans, [item.plan for item in items]),
         spans=tuple(spans),
         items=tuple(items),
         origin=origin,
+        loss_inputs=more,
+        group=group,
     )
-    _check(document)
-    return document
 
 
-def _sized(
-    name: str, values: Sequence[float] | None, length: int, default: float, origin: Origin
-) -> Sequence[float]:
-    if values is None:
-        return [default] * length
-    if len(values) != length:
+def _loss_inputs(
+    inputs: Mapping[str, NDArray[Any]] | None,
+    objective: Objective,
+    length: int,
+    spans: Sequence[Span],
+    origin: Origin,
+) -> tuple[NDArray[np.int64], NDArray[np.float32], dict[str, NDArray[Any]]]:
+    """Targets and weights, (T,) or (T, K), and the other inputs."""
+    if inputs is None:
+        return np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.float32), {}
+    loss, config = objective
+    check_inputs(loss, inputs, length, origin, config)
+    predictable = _predictable(spans, length)
+    claims = [inputs[n] for n in ("weights", "advantages", "sequence_ratio_mask") if n in inputs]
+    for claim in claims or [np.ones(length)]:
+        if (claim[~predictable] != 0).any():
+            raise DataError(
+                "a position whose next one is media cannot be learned; give it weight 0", origin
+            )
+    weights = inputs.get("weights")
+    if weights is None:
+        weights = loss.learned(inputs, config) & predictable
+        targets = inputs["target_tokens"]
+        if "weights" in loss.per_target and targets.ndim == 2:
+            weights = np.broadcast_to(weights[:, None], targets.shape)
+    more = {name: v for name, v in inputs.items() if name not in ("target_tokens", "weights")}
+    return inputs["target_tokens"], weights.astype(np.float32), more
+
+
+def _predictable(spans: Sequence[Span], length: int) -> NDArray[np.bool_]:
+    """(T,) whether the next position is a token. A media item's last one may predict a text's
+    first.
+    """
+    mask = np.ones(length, dtype=bool)
+    for span in spans:
+        mask[max(0, span.start - 1) : span.stop - 1] = False
+    return mask
+
+
+def _check_known(name: str, tokens: NDArray[Any], vocabulary: int, origin: Origin) -> None:
+    unknown = tokens[(tokens < 0) | (tokens >= vocabulary)]
+    if unknown.size:
         raise DataError(
-            f"{name} needs one value per position: the input has {length} and it has "
-            f"{len(values)}; a picture takes as many as TrainingClient.datum says",
+            f"{name} must be from 0 to {vocabulary - 1}, which this model knows; it is "
+            f"{unknown.flat[0]}: use the model's own tokenizer",
             origin,
         )
-    return values
-
-
-def _check_known(name: str, tokens: Sequence[float], vocabulary: int, origin: Origin) -> None:
-    for token in tokens:
-        if not 0 <= token < vocabulary:
-            raise DataError(
-                f"{name} must be from 0 to {vocabulary - 1}, which this model knows; it is "
-                f"{token}: use the model's own tokenizer",
-                origin,
-            )
-
-
-def _check(document: Document) -> None:
-    if not document.length:
-        raise DataError("an input needs at least one position; this one is empty", document.origin)
-    for span in document.spans:
-        # The position before a text is the media's last: it may predict the text's first token.
-        if (document.weights[max(0, span.start - 1) : span.stop - 1] != 0).any():
-            raise DataError(
-                "a position whose next one is media cannot be learned; give it weight 0",
-                document.origin,
-            )
 
 
 def pieces_of(document: Document) -> Iterator[tuple[list[int] | Media, int]]:

@@ -13,7 +13,8 @@ def cross_entropy(batch: LossBatch) -> Tensor:
 CROSS_ENTROPY = Loss(
     name="cross_entropy",
     function=cross_entropy,
-    inputs=("weights",),
+    inputs=(),
+    optional=("weights",),
     target_ranks=(1, 2),
     per_target=("weights",),
 )

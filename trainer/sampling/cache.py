@@ -87,12 +87,3 @@ class SlotCache(Cache):
         for layer in cast(list[_SlotLayer], self.layers):
             for held in (layer.keys, layer.values):
                 held[:, :, target : target + length] = held[:, :, source : source + length]
-
-
-def slot_bytes(config: Any, element_bytes: int) -> int:
-    """Bytes of one slot in all layers, from a language model's configuration."""
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    groups = getattr(text, "num_key_value_heads", None) or heads
-    return int(2 * text.num_hidden_layers * groups * size * element_bytes)

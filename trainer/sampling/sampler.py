@@ -122,6 +122,7 @@ class Sampler:
     @torch.inference_mode()
     def step(self) -> None:
         """Admit what there is room for, read one row, choose tokens."""
+        self.backbone.train(False)
         self._drop_cancelled()
         self._admit()
         work = list(self._work())
@@ -354,7 +355,7 @@ def _by_turns(jobs: Sequence[Job]) -> list[Job]:
 
 
 def _embedded(request: Request) -> Prompt:
-    request.model.eval()
+    request.model.encoders.eval()
     rows, _ = request.model.embed(pack([request.prompt], [request.inputs]))
     keys = position_keys(request.prompt)
     return Prompt(rows.embeddings, rows.positions, rows.visible.hi, rows.deeper, keys)

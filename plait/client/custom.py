@@ -1,0 +1,53 @@
+"""Losses of one's own over all data of a call, computed beside the engine.
+
+Shape letters: N positions of a datum.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plait.errors import ConfigError
+from plait.types import Datum, TensorData
+
+LossOfLogprobs = Callable[[Sequence[Datum], list[Tensor]], tuple[Tensor, Mapping[str, float]]]
+
+
+def weighted_data(
+    data: Sequence[Datum], logprobs: Sequence[Tensor], loss_fn: LossOfLogprobs
+) -> tuple[list[Datum], dict[str, float]]:
+    """Data whose cross entropy has the gradient of `loss_fn`, and its metrics.
+
+    The sum of weight * -logprob has the derivative -weight by a logprob, so the weights are the
+    negative derivatives of the loss.
+
+    Raises:
+        ConfigError: the loss is no scalar that depends on the logprobs.
+    """
+    leaves = [values.clone().requires_grad_() for values in logprobs]
+    loss, metrics = loss_fn(data, leaves)
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
+        raise ConfigError(
+            "a custom loss must return a scalar tensor that depends on the logprobs, and metrics; "
+            f"it returned {_told(loss)}"
+        )
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    weighted = []
+    for datum, leaf, gradient in zip(data, leaves, gradients, strict=True):
+        weights = torch.zeros_like(leaf) if gradient is None else -gradient
+        inputs: dict[str, Any] = {
+            "target_tokens": datum.loss_fn_inputs["target_tokens"],
+            "weights": TensorData.from_torch(weights),
+        }
+        weighted.append(Datum(datum.model_input, inputs))
+    named = {name: float(value) for name, value in metrics.items()}
+    return weighted, {"custom_loss:sum": float(loss.detach()), **named}
+
+
+def _told(loss: Any) -> str:
+    if not isinstance(loss, Tensor):
+        return type(loss).__name__
+    depends = "with" if loss.requires_grad else "without"
+    return f"a tensor of shape {tuple(loss.shape)} {depends} a gradient"
