@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "client": {
         "errors",
         "ranges",
+        "loss_inputs",
         "modalities",
         "stream",
         "types",

@@ -26,6 +26,8 @@ class Backbone:
     """
 
     def __init__(self, language: Any) -> None:
+        self.softcap = _output_softcap(language.config)
+        _refuse_chunks(language.config)
         self.language = language
         self.packs = True
         """False where packing would change results; each document then runs alone."""
@@ -45,8 +47,6 @@ class Backbone:
         layers use the one that is active."""
 
         self._own_modules = list(language.modules())
-        self.softcap = _output_softcap(language.config)
-        _refuse_chunks(language.config)
 
     @property
     def device(self) -> torch.device:

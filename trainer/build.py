@@ -119,8 +119,7 @@ def attach(
     if trains_language(spec):
         language.requires_grad_(trains).float()
     elif spec.lora is not None and "language" in spec.train:
-        if adapter != "default":
-            base.backbone.share()
+        base.backbone.share()
         lora = add_lora(language, language.get_output_embeddings(), spec.lora, seed, adapter)
         base.backbone.adapters_changed()
     generator = torch.Generator().manual_seed(seed)

@@ -33,7 +33,7 @@ def spec(tiny_values: dict[str, Any]) -> ModelSpec:
 def stepped(built: Built) -> checkpoint.State:
     """Everything trainable moved, through one optimiser step."""
     generator = torch.Generator().manual_seed(5)
-    optimizer = make_optimizer(built.model)
+    optimizer = make_optimizer(built.model.trainable())
     for _, _, parameter in built.model.trainable():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
     optimizer.param_groups[0]["lr"] = 0.03
@@ -78,7 +78,7 @@ def test_a_round_trip_brings_everything_back(saved: tuple[Path, Built], spec: Mo
     assert same(tensors(other), tensors(before))
     assert state is not None
     assert (state.step, state.extra) == (7, {"note": {"rows": [1, 2]}})
-    optimizer = make_optimizer(other.model)
+    optimizer = make_optimizer(other.model.trainable())
     optimizer.load_state_dict(state.optimizer)
     assert torch.equal(torch.Generator().manual_seed(42).get_state(), state.random)
     assert optimizer.param_groups[0]["lr"] == 0.03

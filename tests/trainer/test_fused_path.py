@@ -168,9 +168,9 @@ def test_packed_with_groups_equals_eager_attention_with_explicit_masks(
     ours = gradients(model)
 
     language.set_attn_implementation("eager")
-    rows, _, _ = model.embed(stream)
+    rows, _ = model.embed(stream)
     logits = language(
-        inputs_embeds=rows[None], position_ids=stream.positions[None],
+        inputs_embeds=rows.embeddings[None], position_ids=stream.positions[None],
         attention_mask=mask_for(name, documents), use_cache=False,
     ).logits[0]  # fmt: skip
     logprobs = logits.log_softmax(-1).gather(-1, stream.targets[:, None])[:, 0]

@@ -1,6 +1,6 @@
 """`plait train` and a flat loop through the primitives are the same computation, bit for bit."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,8 @@ def flat_loop(config: RunConfig, folder: Path) -> dict[str, torch.Tensor]:
     """What a user writes, over the packs that the run takes."""
     data = open_data(config.data)
     bench = Workbench(config, build(config.model, config.seed), data)
-    client = ServiceClient(folder).create_training_client(
-        config.model, seed=config.seed, engine=EngineSettings(capacity=config.train.capacity)
-    )
+    service = ServiceClient(folder, engine=EngineSettings(capacity=config.train.capacity))
+    client = service.create_training_client(config.model, seed=config.seed)
     accumulate = config.train.accumulate
     with bench.loader() as loader:
         packs = islice(loader, STEPS * accumulate)
@@ -60,7 +59,9 @@ def flat_loop(config: RunConfig, folder: Path) -> dict[str, torch.Tensor]:
             client.forward_backward([client.datum(data.records[row]) for row in pack.rows])
             if number % accumulate == accumulate - 1:
                 settings = settings_at(number // accumulate, config.train)
-                client.optim_step(AdamParams(**asdict(settings)), divide_by_weight=True).result()
+                known = {field.name for field in fields(AdamParams)}
+                values = {k: v for k, v in asdict(settings).items() if k in known}
+                client.optim_step(AdamParams(**values), divide_by_weight=True).result()
     path = client.save_state("end").result().path
     client.close()
     saved = folder / path.removeprefix("tinker://")

@@ -3,13 +3,17 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from plait.errors import UnknownNameError
 from plait.kernels.token_logprobs import naive
-from plait.stream import Document, pack
+from plait.stream import pack
 from plait.trainer import losses
+from plait.trainer.losses import Loss, LossBatch
+from plait.trainer.model import Objective
 
 
 def test_the_loss_is_the_weighted_sum_of_logprobs(lab: Any) -> None:
@@ -71,26 +75,25 @@ def test_text_after_a_picture_counts_in_forward_as_in_backward(lab: Any) -> None
     assert len(every.index) == documents[0].length - span.length + 1
 
 
-def test_each_document_has_its_own_loss(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def scaled(logprobs: Any, weights: Any, inputs: Any) -> Any:
-        return -logprobs * weights * inputs["scale"]
+def test_a_loss_of_one_s_own_reads_its_inputs_by_document(lab: Any) -> None:
+    """Three times the loss of the documents whose input says so, in one row with the others."""
 
-    monkeypatch.setitem(losses.LOSSES, "scaled", scaled)
+    def scaled(batch: LossBatch) -> Tensor:
+        return batch.per_document(-batch.logprobs * batch.weights * batch.inputs["scale"])
+
     built = lab.build()
     documents, inputs = lab.documents(built, lab.samples)
-
-    def with_loss(document: Document, name: str) -> Document:
-        scale = torch.full((document.length,), 3.0).numpy()
-        return replace(document, loss=name, loss_inputs={"scale": scale})
-
-    names = ["cross_entropy", "scaled", "scaled", "cross_entropy"]
+    scales = [1.0, 3.0, 3.0, 1.0]
+    own = [
+        replace(d, loss_inputs={"scale": np.full(d.length, scale, dtype=np.float32)})
+        for d, scale in zip(documents, scales, strict=True)
+    ]
+    objective = Objective(Loss(name="scaled", function=scaled, inputs=("scale",)), {})
     with torch.no_grad():
         plain = built.model.compute(pack(documents, inputs)).documents
-        made = built.model.compute(
-            pack([with_loss(d, n) for d, n in zip(documents, names, strict=True)], inputs)
-        ).documents
+        made = built.model.compute(pack(own, inputs), objective).documents
     factors = [new[0] / old[0] for new, old in zip(made, plain, strict=True)]
-    assert factors == pytest.approx([1, 3, 3, 1], rel=1e-5)
+    assert factors == pytest.approx(scales, rel=1e-5)
 
 
 def test_an_unknown_loss_is_refused_with_the_nearest_name() -> None:

@@ -245,8 +245,7 @@ def test_a_document_survives_the_way_through_chunks(lab: Any, samples: list[Samp
             [piece_of(chunk) for chunk in chunks],
             built.layout,
             encode,
-            document.targets.tolist(),
-            document.weights.tolist(),
+            {"target_tokens": document.targets, "weights": document.weights},
             vocabulary=vocabulary,
         )
         assert again.token_ids.tolist() == document.token_ids.tolist()

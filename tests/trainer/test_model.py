@@ -23,9 +23,9 @@ from plait.encoders.projectors import create_pool, create_projector
 from plait.errors import ConfigError, DataError, ModelError, Origin, PlaitError
 from plait.stream import Encoded, Sample, check_placeholders, pack, render
 from plait.trainer.build import Built, load_language, load_tokenizer
-from plait.trainer.engine.commands import ForwardBackward, OptimStep
-from plait.trainer.engine.executor import Executor
-from plait.trainer.model import PlaitModel
+from plait.trainer.engine.computing import Slice, compute
+from plait.trainer.engine.runs import Run
+from plait.trainer.model import LEARN, PlaitModel
 from plait.trainer.optimiser import StepSettings
 
 TRAIN = [("language", "projector"), ("projector",), ("vision", "projector"), ("vision",)]
@@ -145,26 +145,35 @@ def test_media_of_an_unknown_encoder_are_refused(lab: Any) -> None:
         with_tower(lab).model.compute(stream)
 
 
+def learn(run: Run, lab: Any, batches: list[list[int]]) -> None:
+    """A forward_backward of the lab's samples, in these micro-batches."""
+    documents, _ = lab.documents(run.built, lab.samples)
+    run.begin()
+    for batch in batches:
+        one = Slice(run, [documents[i] for i in batch], LEARN, backward=True)
+        [result] = compute([one], lambda document, built: lab.inputs(built, document))
+        assert isinstance(result, list), result
+    run.finish()
+
+
 def test_a_trainable_parameter_out_of_reach_is_named(lab: Any) -> None:
     built = lab.build()
     built.model.media_encoder("hf_vision").projector.register_module("lost", nn.Linear(2, 2))
-    executor = Executor(built)
-    documents, _ = lab.documents(built, lab.samples)
-    executor.execute(ForwardBackward(documents, [[0, 1, 2, 3]]))
+    run = Run("alone", built)
+    learn(run, lab, [[0, 1, 2, 3]])
     before = {name: p.clone() for _, name, p in built.model.trainable()}
     with pytest.raises(ModelError, match=r"must train.*hf_vision\.projector\.lost\.weight"):
-        executor.execute(OptimStep(StepSettings()))
+        run.step(StepSettings(), divide_by_weight=False)
     assert all(torch.equal(before[name], p) for _, name, p in built.model.trainable())
 
 
 @pytest.mark.parametrize("train", TRAIN)
 def test_what_is_marked_trainable_moves_and_nothing_else(lab: Any, train: tuple[str, ...]) -> None:
     built = lab.build(train=train)
-    executor = Executor(built)
+    run = Run("alone", built)
     before = {name: value.clone() for name, value in built.model.state_dict().items()}
-    documents, _ = lab.documents(built, lab.samples)
-    executor.execute(ForwardBackward(documents, [[0, 1], [2, 3]]))
-    executor.execute(OptimStep(StepSettings(learning_rate=1e-2)))
+    learn(run, lab, [[0, 1], [2, 3]])
+    run.step(StepSettings(learning_rate=1e-2), divide_by_weight=False)
     trained = {name for _, name, _ in built.model.trainable()}
     assert {part for part, _, _ in built.model.trainable()} == set(train)
     for name, value in built.model.state_dict().items():

@@ -60,7 +60,6 @@ def at(*places: int, value: float = np.nan, like: Any = ONES) -> Any:
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("ppo", {"logprobs": None}, "needs target_tokens, logprobs, advantages; logprobs is missing"),
     ("importance_sampling", {"advantages": None}, "advantages is missing"),
-    ("cross_entropy", {"weights": None}, "needs target_tokens, weights; weights is missing"),
     ("cross_entropy", {"target_tokens": None}, "target_tokens is missing"),
     ("gspo", {"sequence_ratio_mask": None}, "sequence_ratio_mask is missing"),
     ("dpo", {"reference_logprobs": None}, "reference_logprobs is missing"),
