@@ -24,7 +24,7 @@ from plait.trainer.model import LEARN
 from plait.trainer.optimiser import StepSettings
 from plait.trainer.spec import LoraSpec, ModelSpec
 
-SGD = StepSettings(optimizer="sgd", learning_rate=0.0003)
+SGD = StepSettings(optimizer="sgd", learning_rate=0.001)
 
 LORAS = [
     LoraSpec(rank=2),
@@ -174,10 +174,10 @@ def test_after_ten_steps_weights_are_those_of_runs_alone(
     assert rows == [4] * 10
     for number, mine in enumerate(together):
         [alone] = trained([number])
-        assert_close(mine, alone, 1e-6)
+        assert all((a - b).abs().max() <= 1e-6 for a, b in zip(mine, alone, strict=True))
         before = [p.detach() for *_, p in Tenants(specs).runs[number].trainable]
         moved = [(a - b).norm() / b.norm() for a, b in zip(mine, before, strict=True)]
-        assert max(moved) > 0.003
+        assert max(moved) > 0.01
 
 
 def test_what_a_run_must_not_mix_runs_alone(
