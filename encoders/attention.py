@@ -6,7 +6,7 @@ through `attending`. A layer that is told neither raises.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from enum import Enum
 from typing import Any, NamedTuple
@@ -47,6 +47,12 @@ def attending(visible: Visible) -> Iterator[None]:
         yield
     finally:
         _VISIBLE.reset(token)
+
+
+def remembered() -> AbstractContextManager[None]:
+    """What layers may see here and now, for another time."""
+    visible = _VISIBLE.get()
+    return nullcontext() if visible is None else attending(visible)
 
 
 def stretches(lengths: list[int], room: int, device: torch.device) -> Intervals:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from plait.encoders import attention, projectors, registry, weights
+from plait.encoders import attention, checkpointing, projectors, registry, weights
 from plait.encoders.base import Encoder
 from plait.encoders.layouts.plain import PlainLayout
 from plait.encoders.media_encoder import MediaEncoder
@@ -58,7 +58,7 @@ class Built:
 
 def trains_language(spec: ModelSpec) -> bool:
     """Whether a run of `spec` needs a language model of its own."""
-    return "language" in spec.train and spec.lora is None
+    return spec.trains("language") and spec.lora is None
 
 
 def build(
@@ -118,7 +118,7 @@ def attach(
     lora = None
     if trains_language(spec):
         language.requires_grad_(trains).float()
-    elif spec.lora is not None and "language" in spec.train:
+    elif spec.lora is not None and spec.trains("language"):
         base.backbone.share()
         lora = add_lora(language, language.get_output_embeddings(), spec.lora, seed, adapter)
         base.backbone.adapters_changed()
@@ -130,6 +130,8 @@ def attach(
     _check_media(media)
     encoders = {encoder.name: encoder for encoder in media.values()}
     model = PlaitModel(base.backbone, encoders, adapter if lora is not None else None)
+    _narrow(model, spec)
+    _checkpoint(model, spec)
     if trains and not any(True for _ in model.trainable()):
         raise ConfigError(
             f"model.train names {', '.join(spec.train)}, but this model has no such part; nothing "
@@ -147,6 +149,45 @@ def attach(
     checks.check(built)
     base.backbone.attention_route = spec.attention  # only now: it may need the device it trains on
     return built
+
+
+def _narrow(model: PlaitModel, spec: ModelSpec) -> None:
+    """Freeze what a regular expression in `model.train` leaves out.
+
+    Raises:
+        ConfigError: it leaves nothing of its part.
+    """
+    left: dict[str, int] = {}
+    for part, name, parameter in list(model.trainable()):
+        inner = name.split(".", 1 if name.startswith("language.") else 2)[-1]
+        chosen = spec.chooses(part, inner)
+        parameter.requires_grad_(chosen)
+        left[part] = left.get(part, 0) + chosen
+        if not chosen:
+            last = inner
+    empty = [part for part, count in left.items() if not count]
+    if empty:
+        raise ConfigError(
+            f"model.train chooses no parameter of {empty[0]}: {', '.join(spec.train)}; names are "
+            f"like {last}"
+        )
+
+
+def _checkpoint(model: PlaitModel, spec: ModelSpec) -> None:
+    """Switch activation checkpointing on where the spec wants it.
+
+    Raises:
+        ConfigError: a part's layers cannot be checkpointed.
+    """
+    towers = {TOWER_PARTS[model.media_encoder(name).encoder.medium]: model.media_encoder(name)
+              for name in model.encoders}  # fmt: skip
+    for part in spec.checkpointing:
+        module = model.language if part == "language" else towers.get(part)
+        if module is None or not checkpointing.switch_on(module):
+            raise ConfigError(
+                f"model.checkpointing names {part}, which this model "
+                + ("lacks" if module is None else "cannot compute again layer by layer")
+            )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -204,7 +245,7 @@ def _media_encoder(
     base: Base, medium: str, model: ModelSpec, generator: torch.Generator, limits: Limits
 ) -> MediaEncoder:
     spec = model.encoders[medium]
-    trains = TOWER_PARTS.get(medium) in model.train
+    trains = model.trains(TOWER_PARTS.get(medium, ""))
     encoder = _tower(base, spec, trains)
     embedding = base.backbone.language.get_input_embeddings().weight
     pool = projectors.pool_of(spec.grid, spec.pool_frames)
@@ -216,7 +257,7 @@ def _media_encoder(
         generator=generator,
         **spec.projector_options,
     )
-    projector.requires_grad_("projector" in model.train)
+    projector.requires_grad_(model.trains("projector"))
     return MediaEncoder(encoder, pool, projector, trains, limits)
 
 

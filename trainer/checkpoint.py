@@ -224,7 +224,7 @@ def _weight_files(built: Built) -> dict[str, tuple[dict[str, Tensor], str]]:
     files = {"encoders.safetensors": (_encoder_state(built), "encoders")}
     if built.lora is not None:
         files["adapter_model.safetensors"] = (_adapter_state(built), "adapter")
-    elif "language" in built.spec.train:
+    elif built.trains_language:
         files["language.safetensors"] = (_language_state(built), "language model")
     return files
 
@@ -325,11 +325,12 @@ def _check_fits(folder: Path, manifest: Mapping[str, Any], built: Built) -> None
                 "use the model it was trained with"
             )
     lora, mine = manifest["spec"]["lora"], built.spec.lora
-    if lora is not None and mine is not None and lora["alpha"] != mine.alpha:
-        raise CheckpointError(
-            f"checkpoint {folder} was trained with lora.alpha {lora['alpha']} and this model has "
-            f"{mine.alpha}, which scales the adapter otherwise; use the same"
-        )
+    for name in ("alpha", "dora", "rslora") if lora is not None and mine is not None else ():
+        if lora[name] != getattr(mine, name):
+            raise CheckpointError(
+                f"checkpoint {folder} was trained with lora.{name} {lora[name]} and this model "
+                f"has {getattr(mine, name)}, which makes another adapter of it; use the same"
+            )
 
 
 def _own_hash(manifest: Mapping[str, Any]) -> str:

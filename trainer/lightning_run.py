@@ -21,6 +21,7 @@ from plait.trainer.config import TrainConfig
 from plait.trainer.model import PlaitModel
 from plait.trainer.optimiser import make_optimizer, prepare_step, refuse_untrained
 from plait.trainer.schedule import settings_at
+from plait.trainer.together import Part, computed
 
 ROWS_DRAWN = "rows/"
 """Before the name of a dataset: its rows trained on so far, in logs."""
@@ -90,8 +91,8 @@ class PlaitModule(lightning.LightningModule):
     def training_step(self, pack: Pack, batch_index: int) -> None:
         del batch_index
         self.loader.account(pack)
-        sums = self.model.compute(join(pack.documents, pack.inputs))
-        self.manual_backward(sums.loss)
+        with computed([Part(self.model, join(pack.documents, pack.inputs))]) as [sums]:
+            self.manual_backward(sums.loss)
         self._loss += float(sums.loss.detach())
         self._weight += sums.weight
         self._positions += pack.length

@@ -65,6 +65,8 @@ def add_lora(
         lora_dropout=spec.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
+        use_dora=spec.dora,
+        use_rslora=spec.rslora,
     )
     trains = {name: p.requires_grad for name, p in model.named_parameters() if ".lora_" in name}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

@@ -25,6 +25,7 @@ from plait.trainer.features import decide
 from plait.trainer.optimiser import make_optimizer, prepare_step
 from plait.trainer.phases import Phases
 from plait.trainer.schedule import settings_at
+from plait.trainer.together import Part, computed
 from plait.trainer.workbench import Workbench
 
 
@@ -109,8 +110,8 @@ def _rehearse(bench: Workbench, packs: Block) -> None:
     trainable = list(model.trainable())
     optimizer = make_optimizer(trainable)
     for _ in range(2):  # the second finds the optimiser's state allocated
-        sums = model.compute(join(documents, inputs))
-        sums.loss.backward()  # type: ignore[no-untyped-call]
+        with computed([Part(model, join(documents, inputs))]) as [sums]:
+            sums.loss.backward()  # type: ignore[no-untyped-call]
         prepare_step(trainable, optimizer, settings_at(0, bench.config.train), sums.weight)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -1,5 +1,6 @@
 """What a model is made of, as plain data: language model, encoders, adapter, what trains."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,6 +13,9 @@ TOWER_PARTS = {"image": "vision", "audio": "audio", "video": "video"}
 
 PARTS = ("language", "projector", "vision", "audio", "video")
 """The parts whose training can be switched on by name."""
+
+LAYERED = ("language", "vision", "audio", "video")
+"""The parts that are made of layers."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -31,6 +35,12 @@ class LoraSpec:
 
     targets: tuple[str, ...] = ("all-linear",)
     """Names of the linear layers adapted; "all-linear" is every one but the output layer."""
+
+    dora: bool = False
+    """Train magnitudes and directions of weights apart (Liu et al. 2024, arXiv 2402.09353)."""
+
+    rslora: bool = False
+    """Scale by alpha over the root of the rank (Kalajdzievski 2023, arXiv 2312.03732)."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -85,7 +95,13 @@ class ModelSpec:
     """The adapter that trains as part `language`; None trains the whole language model."""
 
     train: tuple[str, ...] = ("language", "projector")
-    """The parts that train: of "language", "projector", "vision", "audio", "video"."""
+    """The parts that train: of "language", "projector", "vision", "audio", "video". Behind a colon
+    may stand a regular expression, found in the names of those parameters of the part that train:
+    "vision:layers\\.1[01]\\."."""
+
+    checkpointing: tuple[str, ...] = ()
+    """Parts that compute their layers again in the backward pass and keep no activations between:
+    less memory, a third more time."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of frozen weights and activations; what trains is kept in float32."""
@@ -95,13 +111,33 @@ class ModelSpec:
     docs/kernels.md forces one."""
 
     def __post_init__(self) -> None:
-        for part in self.train:
+        for entry in self.train:
+            part, _, pattern = entry.partition(":")
             if part not in PARTS:
                 raise UnknownNameError("part in model.train", part, PARTS)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"what stands behind the colon in model.train is a regular expression; "
+                    f"{pattern!r} is none: {error}"
+                ) from error
+        for part in self.checkpointing:
+            if part not in LAYERED:
+                raise UnknownNameError("part in model.checkpointing", part, LAYERED)
         if self.dtype not in DTYPES:
             raise UnknownNameError("model.dtype", self.dtype, DTYPES)
         if not self.train:
             raise ConfigError("model.train names no part, so nothing would train; add a part")
+
+    def trains(self, part: str) -> bool:
+        """Whether anything of a part trains."""
+        return any(entry.partition(":")[0] == part for entry in self.train)
+
+    def chooses(self, part: str, name: str) -> bool:
+        """Whether a parameter of a part that trains does so, by its name in the part."""
+        entries = (entry.partition(":") for entry in self.train)
+        return any(part == named and re.search(regex, name) for named, _, regex in entries)
 
 
 def check_part_rates(name: str, rates: Mapping[str, float]) -> None:

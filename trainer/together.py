@@ -30,12 +30,16 @@ class Part:
 
 @contextmanager
 def computed(parts: Sequence[Part]) -> Iterator[list[Sums]]:
-    """The sums of each part, whose models share a backbone that packs.
+    """The sums of each part, whose models share a backbone; one that does not pack reads
+    document by document.
 
     Backward passes belong inside: gradient checkpointing computes layers again in them, which
     must have the same adapters.
     """
     backbone = parts[0].model.backbone
+    if not backbone.packs:
+        yield [p.model.compute(p.stream, p.objective, p.everywhere) for p in parts]
+        return
     _encode_shared(parts)
     embedded = [part.model.embed(part.stream) for part in parts]
     rows = join([row for row, _ in embedded])

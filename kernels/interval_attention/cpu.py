@@ -14,6 +14,9 @@ from torch import Tensor
 
 from plait.kernels.interval_attention.intervals import Intervals, Tile
 
+KEPT_MASK = 1 << 14
+"""Places of a mask that is kept: 64 kB in float32."""
+
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -58,14 +61,14 @@ class _IntervalAttention(torch.autograd.Function):
             if tile.key_stop == tile.key_start:
                 out[:, queries], lse[:, queries] = 0, -torch.inf
             elif softcap is None:
-                mask = None if tile.causal else _mask(tile, lo, hi, q.dtype)
+                mask = None if tile.causal else _mask(intervals, tile, window, q.dtype)
                 made, sums = _FORWARD(
                     *(part[None] for part in parts),
                     is_causal=tile.causal, attn_mask=mask, scale=scale,
                 )  # fmt: skip
                 out[:, queries], lse[:, queries] = made[0], sums[0]
             else:
-                mask = _mask(tile, lo, hi, torch.float32)
+                mask = _mask(intervals, tile, window, torch.float32)
                 out[:, queries], lse[:, queries] = _plain(*parts, mask, scale, softcap)
         empty = lo == hi
         if empty.any():  # torch gives them an lse of 0
@@ -84,7 +87,6 @@ class _IntervalAttention(torch.autograd.Function):
         if grad_out.stride(-1) != 1:
             grad_out = grad_out.contiguous()
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # exp(score - lse) is then 0
-        lo, hi = ctx.intervals.bounds(window)
         grad_q = torch.zeros_like(q)
         # Tiles add to the keys that they share: in float32, whatever the inputs are.
         grad_k, grad_v = (torch.zeros_like(t, dtype=torch.float32) for t in (k, v))
@@ -95,7 +97,7 @@ class _IntervalAttention(torch.autograd.Function):
             above = grad_out[:, queries], out[:, queries], lse[:, queries]
             parts = q[:, queries], k[:, keys], v[:, keys]
             if softcap is None and grad_lse is None:
-                mask = None if tile.causal else _mask(tile, lo, hi, q.dtype)
+                mask = None if tile.causal else _mask(ctx.intervals, tile, window, q.dtype)
                 d_out, mine, sums = (t[None] for t in above)
                 made = _BACKWARD(
                     d_out, *(part[None] for part in parts), mine, sums, 0.0, tile.causal,
@@ -103,7 +105,7 @@ class _IntervalAttention(torch.autograd.Function):
                 )  # fmt: skip
                 d_q, d_k, d_v = (t[0] for t in made)
             else:
-                mask = _mask(tile, lo, hi, torch.float32)
+                mask = _mask(ctx.intervals, tile, window, torch.float32)
                 d_lse = None if grad_lse is None else grad_lse[:, queries]
                 d_q, d_k, d_v = _plain_backward(*above, d_lse, *parts, mask, scale, softcap)
             grad_q[:, queries] = d_q
@@ -112,13 +114,25 @@ class _IntervalAttention(torch.autograd.Function):
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None
 
 
-def _mask(tile: Tile, lo: Tensor, hi: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _mask(
+    intervals: Intervals, tile: Tile, window: int | None, dtype: torch.dtype
+) -> Tensor | None:
     """(1, 1, t, s) to add to scores, 0 or -inf; None where every query sees every key.
 
-    Only the columns that some query does not see are compared.
+    A small one is kept for the next layer: in decoding, making masks would take as long as
+    reading the keys.
     """
     if tile.full:
         return None
+    if (tile.stop - tile.start) * (tile.key_stop - tile.key_start) > KEPT_MASK:
+        return _made_mask(tile, *intervals.bounds(window), dtype)
+    return intervals.keep(
+        (tile, window, dtype), lambda: _made_mask(tile, *intervals.bounds(window), dtype)
+    )
+
+
+def _made_mask(tile: Tile, lo: Tensor, hi: Tensor, dtype: torch.dtype) -> Tensor:
+    """Only the columns that some query does not see are compared."""
     queries = slice(tile.start, tile.stop)
     mask = torch.zeros(tile.stop - tile.start, tile.key_stop - tile.key_start, dtype=dtype)
     left, right = tile.full_lo, tile.full_hi

@@ -3,6 +3,7 @@
 Shape letters: T queries, S keys, B blocks of queries or of keys.
 """
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -88,6 +89,7 @@ class Intervals:
     _tiles: dict[int | None, list[Tile]] = field(default_factory=dict)
     _maps: dict[tuple[int | None, int, int, int], BlockMap] = field(default_factory=dict)
     _documents: list[tuple[Tensor, int] | None] = field(default_factory=list)
+    _kept: dict[Hashable, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.lo.shape != self.hi.shape or self.lo.ndim != 1:
@@ -145,6 +147,12 @@ class Intervals:
         if not self._documents:
             self._documents.append(_causal_documents(self.lo, self.hi))
         return self._documents[0]
+
+    def keep(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What a kernel makes of these intervals, made once."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     def tiles(self, window: int | None = None) -> list[Tile]:
         """The tiles of queries that the CPU kernel walks."""

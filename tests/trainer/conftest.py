@@ -14,6 +14,7 @@ from plait.modalities import Image, Text
 from plait.stream import Document, ItemInputs, Message, Sample, TokenStream, pack, render
 from plait.trainer.build import Built, build
 from plait.trainer.spec import EncoderSpec, LoraSpec, ModelSpec
+from plait.trainer.together import Part, computed
 
 
 class Lab:
@@ -101,8 +102,8 @@ class Lab:
         built.model.zero_grad(set_to_none=True)
         losses = []
         for stream in streams:
-            sums = built.model.compute(stream)
-            sums.loss.backward()  # type: ignore[no-untyped-call]
+            with computed([Part(built.model, stream)]) as [sums]:
+                sums.loss.backward()  # type: ignore[no-untyped-call]
             losses += [loss for loss, _ in sums.documents]
         parts = [p.grad.double().flatten() for _, _, p in built.model.trainable()
                  if p.grad is not None]  # fmt: skip

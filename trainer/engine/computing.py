@@ -145,16 +145,13 @@ def _together(pairs: Sequence[tuple[Slice, TokenStream]]) -> list[list[DocumentR
     ]
     for one, _ in pairs:
         one.run.train(one.backward)
-    with _random_of(pairs[0][0].run), torch.set_grad_enabled(any(backward)):
-        if pairs[0][0].run.model.backbone.packs:
-            with computed(parts) as made:
-                _check_finite(pairs, made)
-                _add_gradients(pairs, made)
-        else:
-            made = [part.model.compute(part.stream, part.objective, part.everywhere)
-                    for part in parts]  # fmt: skip
-            _check_finite(pairs, made)
-            _add_gradients(pairs, made)
+    with (
+        _random_of(pairs[0][0].run),
+        torch.set_grad_enabled(any(backward)),
+        computed(parts) as made,
+    ):
+        _check_finite(pairs, made)
+        _add_gradients(pairs, made)
     return [_results(one.documents, sums) for (one, _), sums in zip(pairs, made, strict=True)]
 
 

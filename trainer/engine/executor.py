@@ -107,7 +107,8 @@ class Executor:
 
     def _base(self, spec: ModelSpec) -> Base:
         """The language model, which runs of equal settings share."""
-        key = (str(weights.resolve(spec.language)), spec.dtype, spec.attention)
+        again = "language" if "language" in spec.checkpointing else ""
+        key = (str(weights.resolve(spec.language)), spec.dtype, spec.attention, again)
         base = self._bases.get(key)
         if base is None:
             base = load_base(spec)
