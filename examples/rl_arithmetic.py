@@ -87,15 +87,12 @@ class Arithmetic:
             rewards += earned
             mean = sum(earned) / len(earned)
             # Equal answers have equal gradients: one datum with as much advantage as all of them.
-            seen = Counter(tuple(s.tokens) for s in sequences)
-            unique = {
-                tuple(s.tokens): (s, r - mean) for s, r in zip(sequences, earned, strict=True)
-            }
-            for tokens, (sequence, advantage) in unique.items():
-                if advantage:
-                    pull = [advantage * seen[tokens]] * len(tokens)
-                    data.append(self.datum(prompt, list(tokens), logprobs=sequence.logprobs,
-                                           advantages=pull))  # fmt: skip
+            for tokens, count in Counter(tuple(s.tokens) for s in sequences).items():
+                first = next(n for n, s in enumerate(sequences) if tuple(s.tokens) == tokens)
+                pull = count * (earned[first] - mean)
+                if pull:
+                    data.append(self.datum(prompt, list(tokens), advantages=[pull] * len(tokens),
+                                           logprobs=sequences[first].logprobs))  # fmt: skip
         if data:
             self.client.forward_backward(data, "importance_sampling")
             params = plait.AdamParams(learning_rate=3e-4, grad_clip_norm=1.0)

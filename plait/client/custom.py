@@ -6,6 +6,7 @@ Shape letters: N positions of a datum.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,17 @@ from plait.errors import ConfigError
 from plait.types import Datum, TensorData
 
 LossOfLogprobs = Callable[[Sequence[Datum], list[Tensor]], tuple[Tensor, Mapping[str, float]]]
+
+
+def unweighted(data: Sequence[Datum]) -> list[Datum]:
+    """The data with their targets alone; other inputs are the custom loss's own."""
+    made = []
+    for datum in data:
+        targets = datum.loss_fn_inputs["target_tokens"]
+        weights = np.zeros(targets.shape, dtype=np.float32)
+        inputs = {"target_tokens": targets, "weights": weights}
+        made.append(Datum(datum.model_input, inputs))
+    return made
 
 
 def weighted_data(

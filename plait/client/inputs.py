@@ -84,17 +84,11 @@ def check_plain(sample: Sample) -> None:
     """Refuse what a datum would lose of a sample.
 
     Raises:
-        DataError: it is an augmented view, or belongs to a group.
+        DataError: it is an augmented view.
     """
     if sample.view:
         raise DataError(
             f"a datum holds pictures as they are; this sample asks for view {sample.view}: "
             "augment the picture and make a sample of the result",
-            sample.origin,
-        )
-    if sample.group is not None:
-        raise DataError(
-            f"no loss of the primitives reads groups; this sample belongs to group {sample.group}: "
-            "leave group out",
             sample.origin,
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.client.base import Client
-from plait.client.custom import LossOfLogprobs, weighted_data
+from plait.client.custom import LossOfLogprobs, unweighted, weighted_data
 from plait.client.futures import APIFuture
 from plait.client.inputs import check_plain, input_from
 from plait.client.objectives import evened, objective_of
@@ -63,8 +63,11 @@ class TrainingClient(Client):
     def datum(self, sample: Sample) -> Datum:
         """Render a sample: the one way from messages and media to what trains.
 
+        The two samples of a preference row are two data, which `dpo` reads by turns: the chosen
+        one, then the rejected one.
+
         Raises:
-            DataError: it cannot be rendered, is an augmented view, or belongs to a group.
+            DataError: it cannot be rendered, or is an augmented view.
         """
         check_plain(sample)
         document = render(sample, self._built.tokenizer, self._built.layout)
@@ -113,7 +116,7 @@ class TrainingClient(Client):
         Args:
             loss_fn: Returns the loss, a scalar tensor, and metrics by name.
         """
-        output = self.forward(data).result()
+        output = self.forward(unweighted(data)).result()
         logprobs = [row["logprobs"].to_torch() for row in output.loss_fn_outputs]
         weighted, metrics = weighted_data(data, logprobs, loss_fn)
         future = self.forward_backward(weighted)
