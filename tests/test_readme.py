@@ -14,8 +14,8 @@ from plait.trainer.config import load_config, plain
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def python_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def python_blocks(page: str = "README.md") -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 def rows_blocks() -> list[str]:
@@ -65,6 +65,15 @@ def test_the_loop_learns_its_one_picture(here: Path, capsys: pytest.CaptureFixtu
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == 20
     assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.weights
+def test_the_page_of_primitives_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    del here
+    names: dict[str, object] = {}
+    for block in python_blocks("docs/primitives.md"):
+        exec(compile(block, "docs/primitives.md", "exec"), names)
+    assert 0 < float(capsys.readouterr().out) < 20
 
 
 def test_the_launch_template_is_the_recipe() -> None:
