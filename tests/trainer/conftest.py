@@ -110,7 +110,7 @@ class Lab:
         return torch.tensor(losses), torch.cat(parts).clone()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def lab(tiny_language: Path, tiny_vision: Path) -> Lab:
     return Lab(tiny_language, tiny_vision)
 

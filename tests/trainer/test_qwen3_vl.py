@@ -39,6 +39,8 @@ from plait.stream import (
 from plait.trainer.model import PlaitModel
 from plait.trainer.sampling.branches import Branches
 from plait.trainer.sampling.generating import generate
+from plait.trainer.sampling.requests import Generated, Request
+from plait.trainer.sampling.sampler import Sampler
 from plait.trainer.sampling.settings import SamplerSettings
 
 SPECIAL = [
@@ -309,6 +311,35 @@ def test_sampling_bans_the_marks_and_says_the_trainers_logprobs(
             with torch.no_grad():
                 sums = ours.compute(pack([told], [inputs[number]]))
             assert row.logprobs == pytest.approx(sums.logprobs.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_chunks_of_a_prompt_keep_their_deeper_features(
+    ours: PlaitModel, layout: Any, tokenizer: Any, chunk: int
+) -> None:
+    """Beside chunks of others that have none, and samples that grow; beginnings are shared."""
+    beginning = [picture(48, 64), "what shape is the big yellow cross ?"]
+    more = [sample("", *beginning, end) for end in ("a disc", "the bar", picture(24, 57))]
+    prompts, inputs = rendered(ours, layout, tokenizer, [*SAMPLES.values(), *more], prompt=True)
+    settings = SamplerSettings(max_tokens=4, temperature=1.0, stop=(), seed=3)
+    expected = [
+        generate(ours, tokenizer, layout, [prompt], [loaded], settings, samples=2)[0]
+        for prompt, loaded in zip(prompts, inputs, strict=True)
+    ]
+    sampler = Sampler(ours.backbone, chunk=chunk)
+    made: dict[int, list[Generated]] = {}
+    for number, (prompt, loaded) in enumerate(zip(prompts, inputs, strict=True)):
+        request = Request(ours, tokenizer, layout, prompt, loaded, settings, samples=2)
+        sampler.add(request, lambda rows, _, number=number: made.update({number: rows}), fail)
+    sampler.run()
+    for number, rows in enumerate(expected):
+        for mine, right in zip(made[number], rows, strict=True):
+            assert mine.tokens == right.tokens
+            assert mine.logprobs == pytest.approx(right.logprobs, abs=1e-5)
+
+
+def fail(error: BaseException) -> None:
+    raise error
 
 
 def _with_answer(prompt: Document, tokens: list[int], layout: Any) -> Document:

@@ -48,7 +48,8 @@ class Arena:
         at = bisect_left(self._free, (start, 0))
         before = self._free[at - 1] if at else None
         after = self._free[at] if at < len(self._free) else None
-        if stop > self.size or (before and before[1] > start) or (after and after[0] < stop):
+        free = (before and before[1] > start) or (after and after[0] < stop)
+        if free or start < 0 or stop > self.size:
             raise ModelError(f"slots {start} to {stop} are given back twice, or are not there")
         if after and after[0] == stop:
             stop = self._free.pop(at)[1]

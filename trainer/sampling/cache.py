@@ -35,8 +35,10 @@ class _SlotLayer(CacheLayerMixin):
         """Write (1, G, T, D) at the current slots; returns the whole buffer (1, G, S, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys.index_copy_(2, self.owner.slots, key_states)
-        self.values.index_copy_(2, self.owner.slots, value_states)
+        # A mask does not hide a NaN: those of one run's weights would reach its neighbours, and
+        # who gets its slots later. The sampler refuses what it reads of such weights.
+        for held, states in ((self.keys, key_states), (self.values, value_states)):
+            held.index_copy_(2, self.owner.slots, states.nan_to_num(0.0, 0.0, 0.0))
         return self.keys, self.values
 
     def grow(self, size: int) -> None:
@@ -76,9 +78,9 @@ class SlotCache(Cache):
     def grow(self, size: int) -> None:
         """Add slots at the end; what is written stays."""
         if size > self.size:
-            self.size = size
             for layer in cast(list[_SlotLayer], self.layers):
                 layer.grow(size)
+            self.size = size  # last: where memory was short, nothing has changed
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the `length` slots from `source` on to `target` on."""

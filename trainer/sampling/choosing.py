@@ -8,12 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plait.trainer.sampling.settings import SamplerSettings
 
 _FIRST_LOOK = 1024
 """Likeliest tokens that are sorted before the whole vocabulary is: nearly always enough."""
+
+_COLDEST = 1e-30
+"""A temperature that a float32 holds; 0 never divides."""
 
 
 class Chosen(NamedTuple):
@@ -31,7 +34,8 @@ class Draws:
     """
 
     def __init__(self, seed: int, number: int) -> None:
-        self._generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, number]))
+        key = np.array([seed % 2**64, number], dtype=np.uint64)  # a list may become floats
+        self._generator = np.random.Generator(np.random.Philox(key=key))
 
     def next(self) -> float:
         return float(self._generator.random())
@@ -78,7 +82,9 @@ def _draw(
     """(B,) tokens where the distribution function passes `uniform`."""
     device = logits.device
     temperature = torch.tensor([s.temperature for s in settings], device=device)
-    probabilities = logits.div(temperature[:, None]).softmax(-1)
+    # Below the highest: divided by next to nothing, it stays finite.
+    lower = logits - logits.amax(-1, keepdim=True)
+    probabilities = lower.div(temperature.clamp(min=_COLDEST)[:, None]).softmax(-1)
     order: Tensor | None = None
     if sort:
         probabilities, order = _likeliest(probabilities, settings)
@@ -103,12 +109,16 @@ def _likeliest(probabilities: Tensor, settings: Sequence[SamplerSettings]) -> tu
     shares = torch.tensor([s.top_p for s in settings], device=device, dtype=torch.float64)
     look = min(_FIRST_LOOK, vocabulary)
     values, order = probabilities.topk(look)
-    enough = (ranks <= look) | (values.double().sum(-1) > shares)
+    # A share of what `top_k` leaves is known once all of that is sorted.
+    enough = (ranks <= look) | ((ranks >= vocabulary) & (values.double().sum(-1) > shares))
     if not bool(enough.all()):
-        values, order = probabilities.sort(dim=-1, descending=True)
+        # The other rows keep their order, in which equally likely tokens may stand differently.
+        rest = ~enough
+        values, order = (nn.functional.pad(t, (0, vocabulary - look)) for t in (values, order))
+        values[rest], order[rest] = probabilities[rest].sort(dim=-1, descending=True)
     rank = torch.arange(values.shape[1], device=device)
     values = values.masked_fill(rank >= ranks[:, None], 0)
     exact = values.double()
-    before = exact.cumsum(-1) - exact
-    whole = torch.where(ranks >= vocabulary, 1.0, exact.sum(-1))
-    return values.masked_fill(before >= (shares * whole)[:, None], 0), order
+    sums = exact.cumsum(-1)
+    whole = torch.where(ranks >= vocabulary, 1.0, sums[:, -1])
+    return values.masked_fill(sums - exact >= (shares * whole)[:, None], 0), order

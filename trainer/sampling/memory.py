@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from plait.errors import ModelError
 from plait.kernels.interval_attention import Intervals, Linked
 from plait.trainer.backbone import Backbone
 from plait.trainer.rows import Deeper, Rows, join, join_deeper, join_positions
@@ -98,8 +99,9 @@ class Memory(Protocol):
     def close(self, place: Place) -> None:
         """Give a place back; what links to it keeps it until it is closed as well."""
 
-    def needed(self, prompt: int, more: int, samples: int) -> int:
-        """Positions kept for `samples` that grow by `more` behind one prompt."""
+    def needed(self, prompt: int, more: int, samples: int, at_once: int | None = None) -> int:
+        """Positions kept for `samples` that grow by `more` behind one prompt, all of them or some
+        at once."""
 
     def read(self, pieces: Sequence[Piece]) -> list[Tensor]:
         """The last hidden states (T, H) of each piece; they count as read."""
@@ -121,6 +123,8 @@ class KeyMemory:
         over the border of a link."""
 
     def open(self, capacity: int, source: Place | None = None, length: int = 0) -> Place | None:
+        if source is not None:
+            self._copy(source)  # what links to it must not wait until it is read itself
         begins = _links(source, length) if source else ()
         copied = not self.shares or len(begins) > MOST_LINKS
         before = length if copied else 0
@@ -139,8 +143,8 @@ class KeyMemory:
         start = self.arena.take(length)
         while start is None and self.arena.size < self.slots:
             size = min(self.slots, max(2 * self.arena.size, length))
+            self.cache.grow(size)  # first: it may find no memory
             self.arena.grow(size)
-            self.cache.grow(size)
             start = self.arena.take(length)
         return start
 
@@ -152,20 +156,22 @@ class KeyMemory:
             for other, _ in (*place.links, *place.copies):
                 self.close(other)
 
-    def needed(self, prompt: int, more: int, samples: int) -> int:
-        if samples == 1 or self.shares:
-            return prompt + samples * more
-        return prompt + samples * (prompt + more)
+    def needed(self, prompt: int, more: int, samples: int, at_once: int | None = None) -> int:
+        if samples == 1:
+            return prompt + more
+        return prompt + (at_once or samples) * (more if self.shares else prompt + more)
 
     def _copy(self, place: Place) -> None:
         at = place.start
         for other, length in place.copies:
             self.cache.copy(other.start, at, length)
-            self.close(other)
             at += length
-        place.copies = ()
+        copied, place.copies = place.copies, ()
+        for other, _ in copied:
+            self.close(other)
 
     def read(self, pieces: Sequence[Piece]) -> list[Tensor]:
+        _check_room(pieces)
         for piece in pieces:
             self._copy(piece.place)
         # In the order of their slots, so that no interval begins before the one before it.
@@ -200,6 +206,17 @@ class KeyMemory:
             [piece.adapter for piece in pieces],
             join_deeper([piece.deeper for piece in pieces], lengths),
         )
+
+
+def _check_room(pieces: Sequence[Piece]) -> None:
+    """Refuse to write where another sequence's positions are."""
+    for piece in pieces:
+        place = piece.place
+        if place.filled + piece.length > place.capacity:
+            raise ModelError(
+                f"a sequence may grow to the {place.capacity} positions that it was opened with; "
+                f"it has {place.filled}, and {piece.length} more are read"
+            )
 
 
 def _links(source: Place, length: int) -> tuple[tuple[Place, int], ...]:
@@ -237,8 +254,13 @@ class RowMemory:
 
     def __init__(self, backbone: Backbone, slots: int) -> None:
         self.backbone, self.slots = backbone, slots
+        self._held = 0
+        """Positions of all places that are open."""
 
     def open(self, capacity: int, source: Place | None = None, length: int = 0) -> Place | None:
+        if self._held + capacity + length > self.slots:
+            return None
+        self._held += capacity + length
         if source is None:
             return Place(0, capacity)
         source.users += 1
@@ -247,31 +269,49 @@ class RowMemory:
     def close(self, place: Place) -> None:
         place.users -= 1
         if place.users == 0:
+            self._held -= place.capacity
             place.row = None
             for other, _ in place.copies:
                 self.close(other)
 
-    def needed(self, prompt: int, more: int, samples: int) -> int:
-        return samples * (prompt + more)
+    def needed(self, prompt: int, more: int, samples: int, at_once: int | None = None) -> int:
+        if samples == 1:
+            return prompt + more
+        return prompt + (at_once or samples) * (prompt + more)
 
     def read(self, pieces: Sequence[Piece]) -> list[Tensor]:
-        return [self._read(piece) for piece in pieces]
+        _check_room(pieces)
+        rows = [_whole(piece) for piece in pieces]
+        hidden = [self._hidden(row)[-p.length :] for row, p in zip(rows, pieces, strict=True)]
+        for piece, row in zip(pieces, rows, strict=True):  # once none can fail any more
+            place = piece.place
+            copied, place.copies = place.copies, ()
+            for other, _ in copied:
+                self.close(other)
+            place.row, place.filled = row, place.filled + piece.length
+        return hidden
 
-    def _read(self, piece: Piece) -> Tensor:
-        place = piece.place
-        visible = Intervals(torch.zeros_like(piece.hi), piece.hi)
-        bounds, adapters = [(0, piece.length)], [piece.adapter]
-        more = Rows(piece.embeddings, piece.positions, visible, bounds, adapters, piece.deeper)
-        for source, length in place.copies:
-            assert source.row is not None
-            place.row = _first(source.row, length)
-            self.close(source)
-        place.copies = ()
-        whole = _appended(place.row, more) if place.row else more
-        place.row = whole
-        place.filled += piece.length
-        with self.backbone.adapters_of(whole):
-            return self.backbone.read(whole)[-piece.length :]
+    def _hidden(self, rows: Rows) -> Tensor:
+        with self.backbone.adapters_of(rows):
+            return self.backbone.read(rows)
+
+
+def _whole(piece: Piece) -> Rows:
+    """What a place has read so far, and a piece behind it."""
+    visible = Intervals(torch.zeros_like(piece.hi), piece.hi)
+    bounds, adapters = [(0, piece.length)], [piece.adapter]
+    more = Rows(piece.embeddings, piece.positions, visible, bounds, adapters, piece.deeper)
+    before = _row(piece.place)
+    return _appended(before, more) if before else more
+
+
+def _row(place: Place) -> Rows | None:
+    """What a place has read, or begins with."""
+    for source, length in place.copies:
+        row = _row(source)
+        assert row is not None
+        return _first(row, length)
+    return place.row
 
 
 def _appended(before: Rows, more: Rows) -> Rows:

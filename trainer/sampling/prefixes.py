@@ -5,6 +5,7 @@ Shape letters: T positions of a prompt.
 
 import hashlib
 from dataclasses import dataclass
+from weakref import ReferenceType, ref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,8 +56,8 @@ def next_cut(hi: IntArray, start: int, length: int) -> int:
 class Known:
     """A place, and the keys of the positions that it holds, or will hold soon."""
 
-    weights: int
-    """Whose weights read them: `id` of a model."""
+    weights: ReferenceType[object]
+    """The model that read them. It may be gone, and its `id` another's."""
 
     keys: IntArray
     place: Place
@@ -71,19 +72,19 @@ class Prefixes:
         self._known: list[Known] = []
         self._clock = 0
 
-    def keep(self, weights: int, keys: IntArray, place: Place) -> Known:
+    def keep(self, weights: object, keys: IntArray, place: Place) -> Known:
         """Remember a place until `drop` or `forget`; it stays open as long."""
         self._clock += 1
         place.users += 1
-        known = Known(weights, keys, place, self._clock)
+        known = Known(ref(weights), keys, place, self._clock)
         self._known.append(known)
         return known
 
-    def find(self, weights: int, keys: IntArray) -> tuple[Known | None, int]:
+    def find(self, weights: object, keys: IntArray) -> tuple[Known | None, int]:
         """Who begins most like `keys`, and for how many positions, read or not yet."""
         best: tuple[Known | None, int] = (None, 0)
         for known in self._known:
-            if known.weights == weights:
+            if known.weights() is weights:
                 length = _common(known.keys, keys)
                 if length > best[1]:
                     best = known, length
@@ -100,9 +101,9 @@ class Prefixes:
         self._remove(min(idle, key=lambda known: known.used))
         return True
 
-    def forget(self, weights: int) -> None:
+    def forget(self, weights: object) -> None:
         """Give up all that these weights read."""
-        for known in [known for known in self._known if known.weights == weights]:
+        for known in [known for known in self._known if known.weights() is weights]:
             self._remove(known)
 
     def remove(self, place: Place) -> None:

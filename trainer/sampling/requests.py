@@ -125,3 +125,14 @@ class Job:
     finished: dict[int, Generated] = field(default_factory=dict)
     scores: PromptScores | None = None
     cancelled: bool = False
+
+    @property
+    def reads(self) -> bool:
+        """Whether some of its prompt is not read yet."""
+        return self.prompt is not None and self.prompt.end is None
+
+    @property
+    def starts(self) -> bool:
+        """Whether samples of it are still to begin, its prompt being read."""
+        read = self.prompt is not None and self.prompt.end is not None
+        return read and self.started < self.request.samples

@@ -6,17 +6,18 @@ still read. Requests come and go between steps; weights, settings and media may 
 Shape letters: T positions of a prompt, H hidden size, V vocabulary.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from itertools import groupby
+from math import isnan
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from plait.errors import DataError, ModelError
-from plait.stream import pack
+from plait.ranges import check_number
 from plait.trainer.backbone import Backbone
 from plait.trainer.model import PlaitModel
 from plait.trainer.sampling.choosing import Draws, choose
@@ -26,8 +27,8 @@ from plait.trainer.sampling.prefixes import (
     Prefixes,
     last_cut,
     next_cut,
-    position_keys,
 )
+from plait.trainer.sampling.reading import chunk, embedded, next_token
 from plait.trainer.sampling.requests import (
     Continuation,
     Generated,
@@ -39,6 +40,7 @@ from plait.trainer.sampling.requests import (
 from plait.trainer.sampling.scoring import score_prompt
 from plait.trainer.sampling.settings import MOST_TOKENS
 from plait.trainer.sampling.stopping import Stops
+from plait.trainer.sampling.turns import Turns
 
 SLOTS = 16_384
 """Positions that a sampler keeps where nobody says how many."""
@@ -78,6 +80,8 @@ class Sampler:
         self._jobs: list[Job] = []
         """Those that have room, in the order in which they got it."""
 
+        self._rooms, self._rows, self._starts = Turns(), Turns(), Turns()
+
     @property
     def busy(self) -> bool:
         """Whether a step would do something."""
@@ -92,10 +96,13 @@ class Sampler:
         """Queue a request; one of the two functions is called when it ends, from `step`.
 
         Raises:
-            DataError: it is larger than the model's context, or than the room there is.
+            DataError: its prompt is empty, or it is larger than the model's context, or than the
+                room there is.
+            ConfigError: it asks for no sample, or for more tokens at a position than there are.
         """
+        _check(request)
         prompt, most = request.prompt, most_tokens(self.backbone, request)
-        least = self.memory.needed(prompt.length, most - 1, 1 if request.samples == 1 else 2)
+        least = self.memory.needed(prompt.length, most - 1, request.samples, at_once=1)
         if least > self.memory.slots:
             raise DataError(
                 f"a prompt and what is sampled must fit into the sampler's cache, which holds "
@@ -106,7 +113,7 @@ class Sampler:
         first = request.layout.decode_position(prompt.positions)
         stops = Stops(request.tokenizer, request.settings.stop)
         job = Job(request, stops, most, _banned(request), first, done, failed)
-        if request.prompt_logprobs:
+        if request.prompt_logprobs or request.top_prompt_logprobs:
             job.scores = PromptScores()
         self._waiting.append(job)
         return job
@@ -117,7 +124,7 @@ class Sampler:
 
     def forget(self, model: PlaitModel) -> None:
         """Give up what was read with a model's weights."""
-        self.prefixes.forget(id(model))
+        self.prefixes.forget(model)
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -165,12 +172,10 @@ class Sampler:
 
     def _admit(self) -> None:
         """Give room to those that wait, owner by owner, until one finds none."""
-        for job in _by_turns(self._waiting):
-            if sum(len(other.running) for other in self._jobs) >= MOST_RUNNING:
-                return
+        for job in self._rooms.order(self._waiting):
             try:
                 if job.prompt is None:
-                    job.prompt = _embedded(job.request)
+                    job.prompt = embedded(job.request)
                 admitted = self._open(job, job.prompt)
             except Exception as error:
                 self._fail(job, error)
@@ -179,41 +184,58 @@ class Sampler:
                 continue
             if not admitted:
                 return
+            self._rooms.serve(job)
             self._waiting.remove(job)
             self._jobs.append(job)
 
     def _open(self, job: Job, prompt: Prompt) -> bool | None:
         """Whether there was room for the prompt; None where waiting for another's is better."""
-        length, weights = len(prompt.keys), id(job.request.model)
+        length, model = len(prompt.keys), job.request.model
         known, common = (None, 0)
-        if self._share and not job.request.prompt_logprobs:
-            known, common = self.prefixes.find(weights, prompt.keys)
+        if self._share and job.scores is None:
+            known, common = self.prefixes.find(model, prompt.keys)
             common = last_cut(prompt.hi.numpy(), min(common, length - 1))
         shared = 0
         if known is not None and common >= SHORTEST:
             shared = min(common, known.place.length)
             if shared < common:
                 return None
-        capacity = length - shared + (job.most - 1 if job.request.samples == 1 else 0)
         source = known.place if known is not None and shared else None
+        if not self._reserve(job, prompt, source, shared):
+            if self._jobs:
+                return False
+            # Alone it fits, as `add` made sure: perhaps not beside all of what it begins with, or
+            # not between what others left.
+            while self.prefixes.drop():
+                pass
+            shared = 0
+            if not self._reserve(job, prompt, None, shared):
+                return False
+        assert prompt.place is not None
+        if self._share and shared < length - 1:  # else the other serves later ones as well
+            self.prefixes.keep(model, prompt.keys, prompt.place)
+        return True
+
+    def _reserve(self, job: Job, prompt: Prompt, source: Place | None, shared: int) -> bool:
+        """Whether there was room for a prompt behind `shared` positions of `source`."""
+        length, alone = len(prompt.keys), job.request.samples == 1
         if source is not None:
             source.users += 1  # so that making room does not take it
         try:
-            place = self._place(capacity, source, shared)
+            place = self._place(length - shared + (job.most - 1) * alone, source, shared)
         finally:
             if source is not None:
                 self.memory.close(source)
         if place is None:
             return False
-        if job.request.samples > 1:
+        prompt.place, prompt.read = place, shared
+        if not alone:
             # Its first sample's room at once: else prompts could take all of it, and none go on.
             job.reserved = self._place(job.most - 1, place, length)
             if job.reserved is None:
                 self.memory.close(place)
+                prompt.place, prompt.read = None, 0
                 return False
-        prompt.place, prompt.read = place, shared
-        if self._share:
-            self.prefixes.keep(weights, prompt.keys, place)
         return True
 
     def _place(self, capacity: int, source: Place | None, length: int) -> Place | None:
@@ -229,15 +251,16 @@ class Sampler:
         for job in self._jobs:
             for sample in job.running:
                 grown += 1
-                yield job, sample, _next_token(job, sample)
+                yield job, sample, next_token(job, sample)
         left = None if self.chunk is None else max(1, self.chunk - grown)
-        for job in self._jobs:
+        for job in self._rows.order([job for job in self._jobs if job.reads]):
             prompt = job.prompt
-            if prompt is None or prompt.end is not None or left == 0:
-                continue
+            if prompt is None or left == 0:
+                break
             hi = prompt.hi.numpy()
             stop = len(hi) if left is None else next_cut(hi, prompt.read, left)
-            yield job, None, _chunk(job, prompt, stop)
+            yield job, None, chunk(job, prompt, stop)
+            self._rows.serve(job)
             if left is not None:
                 left = max(0, left - (stop - prompt.read))
 
@@ -267,26 +290,40 @@ class Sampler:
             if sample is not None:
                 growing.append((job, sample, states[-1]))
             elif job.prompt is not None:
-                self._note_chunk(job, job.prompt, piece, states)
+                try:
+                    self._note_chunk(job, job.prompt, piece, states)
+                except Exception as error:  # scores need memory of their own: the others go on
+                    self._fail(job, error)
         self._choose(growing)
 
     def _note_chunk(self, job: Job, prompt: Prompt, piece: Piece, states: Tensor) -> None:
+        if not bool(states.isfinite().all()):
+            raise _diverged(job)
         if job.scores is not None:
             score_prompt(job.request, job.scores, prompt.read, states)
         prompt.read += piece.length
         if prompt.read == len(prompt.hi):
-            prompt.end = states[-1]
-            prompt.embeddings = prompt.embeddings[:0]
+            # Copies: views would keep the whole row, and the prompt's embeddings, while it grows.
+            prompt.end = states[-1].clone()
+            prompt.embeddings, prompt.deeper = prompt.embeddings[:0].clone(), None
 
     def _start_samples(self) -> None:
         """Begin the samples of prompts that are read, as many as there is room for."""
-        beginning: list[tuple[Job, Continuation, Tensor]] = []
+        running: Counter[str] = Counter()
         for job in self._jobs:
+            running[job.request.owner] += len(job.running)
+        left = MOST_RUNNING - running.total()
+        waiting = {job.request.owner for job in self._waiting}
+        beginning: list[tuple[Job, Continuation, Tensor]] = []
+        for job in self._starts.order([job for job in self._jobs if job.starts], running):
             prompt = job.prompt
-            while prompt and prompt.end is not None and job.started < job.request.samples:
-                sample = self._begun(job, prompt)
+            while prompt and prompt.end is not None and job.starts and len(beginning) < left:
+                # One at a time while another's request waits: room that comes free is for that.
+                yields = bool(job.running and waiting - {job.request.owner})
+                sample = None if yields else self._begun(job, prompt)
                 if sample is None:
                     break
+                self._starts.serve(job)
                 job.running.append(sample)
                 beginning.append((job, sample, prompt.end))
         self._choose(beginning)
@@ -322,6 +359,9 @@ class Sampler:
                     self._append(job, sample, token, logprob)
 
     def _append(self, job: Job, sample: Continuation, token: int, logprob: float) -> None:
+        if isnan(logprob):
+            self._fail(job, _diverged(job))
+            return
         made = sample.made
         made.tokens.append(token)
         made.logprobs.append(logprob)
@@ -343,49 +383,21 @@ class Sampler:
             job.done([job.finished[number] for number in range(len(job.finished))], job.scores)
 
 
-def _by_turns(jobs: Sequence[Job]) -> list[Job]:
-    """The first of each owner, then the second of each: none waits for another's whole queue."""
-    place: dict[str, int] = {}
-    ranked = []
-    for number, job in enumerate(jobs):
-        owner = job.request.owner
-        place[owner] = place.get(owner, -1) + 1
-        ranked.append((place[owner], number, job))
-    return [job for *_, job in sorted(ranked, key=lambda one: one[:2])]
+def _check(request: Request) -> None:
+    check_number("samples", request.samples, "[1, inf)", whole=True)
+    size = request.model.output_weight.shape[0]
+    check_number("top_prompt_logprobs", request.top_prompt_logprobs, f"[0, {size}]", whole=True)
+    if request.prompt.length == 0:
+        raise DataError("a prompt must hold a position at least", request.prompt.origin)
 
 
-def _embedded(request: Request) -> Prompt:
-    request.model.encoders.eval()
-    rows, _ = request.model.embed(pack([request.prompt], [request.inputs]))
-    keys = position_keys(request.prompt)
-    return Prompt(rows.embeddings, rows.positions, rows.visible.hi, rows.deeper, keys)
-
-
-def _next_token(job: Job, sample: Continuation) -> Piece:
-    """The last token of a sample, which nothing has read yet."""
-    backbone = job.request.model.backbone
-    token = torch.tensor([sample.made.tokens[-1]])
-    position = torch.tensor([job.first_position + len(sample.made.tokens) - 1])
-    length = sample.place.length
-    return Piece(
-        sample.place,
-        backbone.embed_tokens(token),
-        position if job.request.prompt.positions.ndim == 1 else position.expand(3, -1),
-        torch.tensor([length + 1]),
-        job.request.model.adapter,
-    )
-
-
-def _chunk(job: Job, prompt: Prompt, stop: int) -> Piece:
-    assert prompt.place is not None
-    start = prompt.read
-    return Piece(
-        prompt.place,
-        prompt.embeddings[start:stop],
-        prompt.positions[..., start:stop],
-        prompt.hi[start:stop],
-        job.request.model.adapter,
-        prompt.deeper.part(start, stop) if prompt.deeper else None,
+def _diverged(job: Job) -> ModelError:
+    """The cache keeps no NaN, for its neighbours' sake: what was read then is not what is there."""
+    adapter = job.request.model.adapter
+    name = "the base" if adapter is None else f"adapter {adapter!r}"
+    return ModelError(
+        f"weights must give numbers; those of {name} "
+        "gave NaN or infinity: they have diverged, sample from an earlier state"
     )
 
 

@@ -1,0 +1,114 @@
+"""A sequence ends at the first token that completes a stop text, or is a stop token."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from plait.trainer.sampling.stopping import Stops
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_language: Path) -> Any:
+    """Of bytes and a few words: a character may take up to four tokens."""
+    return PreTrainedTokenizerFast.from_pretrained(tiny_language)
+
+
+def end(stops: Stops, tokens: list[int]) -> int | None:
+    """How many of these tokens a sequence has when it ends; None where it does not."""
+    return next((n for n in range(1, len(tokens) + 1) if stops.reached(tokens[:n])), None)
+
+
+def first_with(tokenizer: Any, tokens: list[int], stop: str) -> int | None:
+    """The same by reading all of a sequence at each of its tokens."""
+    texts = [tokenizer.decode(tokens[:n], clean_up_tokenization_spaces=False)
+             for n in range(len(tokens) + 1)]  # fmt: skip
+    return next((n for n, text in enumerate(texts) if stop in text), None)
+
+
+TEXT = "a red disc — naïve 日本語 🙂🙃 the big square ! " * 2
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        "a",
+        "red",
+        "d disc",
+        "—",
+        "ï",
+        "ve 日",
+        "日",
+        "本語",
+        "🙂",
+        "🙃",
+        "🙂🙃 t",
+        " !",
+        "e 日本語 🙂🙃 the b",
+    ],
+)
+def test_texts_of_any_bytes_are_found_where_they_end(tokenizer: Any, stop: str) -> None:
+    tokens = tokenizer.encode(TEXT, add_special_tokens=False)
+    found = end(Stops(tokenizer, (stop,)), tokens)
+    assert found is not None and found == first_with(tokenizer, tokens, stop)
+    both = end(Stops(tokenizer, ("absent", stop, "square ! a red")), tokens)
+    assert both == found
+
+
+@pytest.mark.parametrize("stop", ["日語", "🙂 🙃", "disc—", "A red", "�x"])
+def test_texts_that_never_stand_there_end_nothing(tokenizer: Any, stop: str) -> None:
+    tokens = tokenizer.encode(TEXT, add_special_tokens=False)
+    assert end(Stops(tokenizer, (stop,)), tokens) is None
+
+
+def test_a_text_before_the_sequence_is_not_its_own(tokenizer: Any) -> None:
+    """A stop text that begins in the prompt is none."""
+    tokens = tokenizer.encode("disc", add_special_tokens=False)
+    assert end(Stops(tokenizer, ("red disc",)), tokens) is None
+
+
+def test_stop_tokens_take_the_end_tokens_place_and_texts_come_beside_it(tokenizer: Any) -> None:
+    eos = tokenizer.eos_token_id
+    tokens = [40, 41, eos, 42, 43]
+    for stop, expected in [
+        (None, 3),
+        ((), None),
+        ((42,), 4),
+        ((43, 41), 2),
+        (("absent",), 3),
+        (("absent", 43), 3),
+        ((eos,), 3),
+    ]:
+        assert end(Stops(tokenizer, stop), tokens) == expected, stop
+
+
+def test_no_end_token_ends_nothing(tokenizer: Any) -> None:
+    class Endless:
+        eos_token_id = None
+
+        def decode(self, tokens: list[int], **options: Any) -> str:
+            text: str = tokenizer.decode(tokens, **options)
+            return text
+
+    tokens = [40, 2, 41]
+    assert end(Stops(Endless(), None), tokens) is None
+    assert end(Stops(Endless(), ("absent",)), tokens) is None
+
+
+def test_a_token_costs_the_same_however_long_the_sequence_is(tokenizer: Any) -> None:
+    class Counting:
+        eos_token_id = None
+        decoded = 0
+
+        def decode(self, tokens: list[int], **options: Any) -> str:
+            self.decoded = max(self.decoded, len(tokens))
+            text: str = tokenizer.decode(tokens, **options)
+            return text
+
+    counting = Counting()
+    stops = Stops(counting, ("日本", "absent"))
+    assert not stops.reached(list(range(3, 203)))
+    assert counting.decoded <= len("absent") + 8
+    plain = Counting()
+    assert not Stops(plain, (5,)).reached([4] * 100) and plain.decoded == 0
