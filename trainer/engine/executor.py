@@ -238,7 +238,10 @@ class Executor:
         """One step of each language model's sampler."""
         for sampler in list(self._samplers.values()):
             if sampler.busy:
-                sampler.step()
+                try:
+                    sampler.step()
+                except Exception as error:  # what nobody foresaw: its requests end, runs go on
+                    sampler.fail(error)
 
     def load(self, document: Document, built: Built) -> list[ItemInputs]:
         """Decode and process a document's media."""

@@ -122,6 +122,11 @@ class Sampler:
         """End a request at the beginning of the next step; harmless for one that is done."""
         job.cancelled = True
 
+    def fail(self, error: BaseException) -> None:
+        """End every request with an error."""
+        for job in (*self._waiting, *self._jobs):
+            self._fail(job, error)
+
     def forget(self, model: PlaitModel) -> None:
         """Give up what was read with a model's weights."""
         self.prefixes.forget(model)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plait.kernels.interval_attention import Intervals
 from plait.modalities import Image
@@ -42,6 +42,9 @@ class WholeBackbone:
         self.packs, self.context = packs, context
         self.output_weight = torch.zeros(VOCABULARY, 1)
         self.adapters_of = lambda rows: nullcontext()  # noqa: ARG005
+
+    def train(self, mode: bool) -> None:
+        """It has no modes."""
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         return ((ids + 2) * 7919 % MODULUS).double()[:, None]
@@ -81,9 +84,7 @@ class WholeModel:
     def __init__(self, backbone: WholeBackbone, adapter: str | None = None) -> None:
         self.backbone, self.adapter = backbone, adapter
         self.output_weight = backbone.output_weight
-
-    def eval(self) -> None:
-        pass
+        self.encoders = nn.ModuleDict()
 
     def embed(self, stream: TokenStream) -> tuple[Rows, Tensor]:
         embeddings = self.backbone.embed_tokens(stream.token_ids)
