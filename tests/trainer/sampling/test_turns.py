@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from plait.errors import ConfigError, DataError
+from plait.errors import DataError
 from plait.trainer.sampling import sampler as sampling
 from plait.trainer.sampling.requests import Request
 from plait.trainer.sampling.sampler import Sampler
@@ -371,51 +371,6 @@ def test_scores_that_fail_are_their_own_requests(
     assert outcomes[0].tokens == outcomes[2].tokens == whole.expected(requests[0])
 
 
-# What is said to listeners, and what is refused.
-
-
-@pytest.mark.parametrize("samples", [1, 3])
-def test_tokens_are_told_in_order_before_the_end(whole: Any, desk: Any, samples: int) -> None:
-    crowd = Crowd(whole, desk, chunk=4)
-    told: list[tuple[int, int, float]] = []
-    request = crowd.request(
-        3, 9, samples, max_tokens=7, stop=(5,), on_token=lambda *one: told.append(one)
-    )
-    outcome = crowd.at.ask(request)
-    while not outcome.over:
-        counts = [len(sample.made.tokens) for sample in outcome.job.running]
-        assert len(told) == sum(counts) + sum(
-            len(made.tokens) for made in outcome.job.finished.values()
-        )
-        crowd.at.step()
-    for number, row in enumerate(outcome.rows):
-        assert [one[1:] for one in told if one[0] == number] == list(
-            zip(row.tokens, row.logprobs, strict=True)
-        )
-    crowd.at.step()
-    assert len(told) == sum(len(row.tokens) for row in outcome.rows)
-
-
-def test_a_listener_may_ask_and_cancel(whole: Any, desk: Any, emptied: Any) -> None:
-    crowd = Crowd(whole, desk)
-    later: list[Any] = []
-
-    def listen(sample: int, token: int, logprob: float) -> None:
-        del sample, token, logprob
-        if not later:
-            later.append(crowd.ask(2, 8))
-        else:
-            crowd.at.sampler.cancel(first.job)
-
-    first = crowd.ask(1, 8, 2, on_token=listen)
-    crowd.at.finish()
-    assert isinstance(first.error, CancelledError)
-    assert later[0].tokens == whole.expected(crowd.request(2, 8))
-    crowd.at.sampler.cancel(first.job)
-    crowd.at.step()
-    assert emptied(crowd.at.sampler)
-
-
 @pytest.mark.parametrize("kind", [{}, {"window": True}, {"packs": False}], ids=str)
 @pytest.mark.parametrize("samples", [1, 4])
 def test_what_fits_exactly_is_sampled_and_one_more_is_refused(
@@ -429,35 +384,3 @@ def test_what_fits_exactly_is_sampled_and_one_more_is_refused(
         crowd.ask(1, 12, samples, max_tokens=7)
     crowd.at.finish()
     assert outcome.tokens == whole.expected(crowd.request(1, 12, samples))
-
-
-def test_the_context_bounds_a_request(whole: Any, desk: Any, monkeypatch: Any) -> None:
-    model = whole.model(context=20)
-    at = desk(Sampler(model.backbone))
-    prompt = whole.prompt(text(1, 12))
-    outcomes = at.answer(*(whole.request(model, prompt, max_tokens=n) for n in (8, None)))
-    assert [len(outcome.tokens[0]) for outcome in outcomes] == [8, 8]
-    with pytest.raises(DataError, match="context of 20 tokens; this asks for 12 and 9 new ones"):
-        at.ask(whole.request(model, prompt, max_tokens=9))
-    with pytest.raises(DataError, match="this asks for 20: shorten it"):
-        at.ask(whole.request(model, whole.prompt(text(1, 20)), max_tokens=None))
-    monkeypatch.setattr(sampling, "MOST_TOKENS", 3)
-    model.backbone.context = None
-    for context in (None, 20):
-        model.backbone.context = context
-        (outcome,) = at.answer(whole.request(model, prompt, max_tokens=None))
-        assert len(outcome.tokens[0]) == 3
-
-
-def test_requests_that_cannot_be_are_refused(whole: Any, desk: Any) -> None:
-    crowd = Crowd(whole, desk)
-    with pytest.raises(
-        ConfigError, match=r"^samples must be a whole number of at least 1; it is 0"
-    ):
-        crowd.ask(1, 5, 0)
-    with pytest.raises(DataError, match="a prompt must hold a position"):
-        crowd.ask(1, 0)
-    for count in (-1, 49):
-        with pytest.raises(ConfigError, match=f"^top_prompt_logprobs .* it is {count}"):
-            crowd.ask(1, 5, top_prompt_logprobs=count)
-    assert not crowd.at.sampler.busy
