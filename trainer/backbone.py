@@ -46,7 +46,8 @@ class Backbone:
         """Chooses adapters by document, once several runs share this model; until then peft's
         layers use the one that is active."""
 
-        self._own_modules = list(language.modules())
+        self.own_modules = list(language.modules())
+        """All that the language model had before it had adapters."""
 
     @property
     def device(self) -> torch.device:
@@ -103,7 +104,7 @@ class Backbone:
         What belongs to adapters is left alone: there may be many, most of them idle.
         """
         if self.language.training != mode:
-            for module in self._own_modules:
+            for module in self.own_modules:
                 module.training = mode
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Guarantee 10: runs that share a language model, and rows, are each as if they were alone."""
 
+import json
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -194,6 +196,25 @@ def test_what_a_run_must_not_mix_runs_alone(
     all_at_once(tenants, samples[:2])
     assert sorted(rows) == [1, 1, 2]
     assert tenants.runs[2].model.language is not tenants.runs[0].model.language
+    tenants.engine.close()
+
+
+def test_dropout_of_a_frozen_tower_is_never_drawn(
+    spec: ModelSpec, samples: list[Sample], rows: list[int], tiny_vision: Path, tmp_path: Path
+) -> None:
+    tower = tmp_path / "tower"
+    shutil.copytree(tiny_vision, tower)
+    config = json.loads((tower / "config.json").read_text()) | {"hidden_dropout_prob": 0.5}
+    (tower / "config.json").write_text(json.dumps(config))
+    encoder = replace(spec.encoders["image"], weights=str(tower))
+    frozen = replace(spec, encoders={"image": encoder}, lora=LoraSpec(rank=2))
+    trained = replace(frozen, train=("language", "vision"))
+    tenants = Tenants([frozen, frozen, trained])
+    assert [run.draws for run in tenants.runs] == [False, False, True]
+    all_at_once(tenants, samples)
+    assert sorted(rows) == [1, 2]
+    first, second = (tenants.submit(0, samples).result() for _ in range(2))
+    assert [one.loss for one in first] == [two.loss for two in second]
     tenants.engine.close()
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from plait.errors import DataError, ModelError
 from plait.stream import Document, ItemInputs, TokenStream, pack
@@ -156,32 +157,40 @@ def _together(pairs: Sequence[tuple[Slice, TokenStream]]) -> list[list[DocumentR
 
 
 def _add_gradients(pairs: Sequence[tuple[Slice, TokenStream]], made: Sequence[Sums]) -> None:
-    losses = [sums.loss for (one, _), sums in zip(pairs, made, strict=True) if one.backward]
-    if not losses:
+    """Backward; the gradients of all slices are added to those of earlier micro-batches, or none.
+
+    Raises:
+        DataError: some are not finite.
+    """
+    learning = [(one.run, sums) for (one, _), sums in zip(pairs, made, strict=True) if one.backward]
+    if not learning:
         return
-    learning = [one for one, _ in pairs if one.backward]
-    before = [[p.grad for *_, p in one.run.trainable] for one in learning]
-    if len(learning) > 1 or any(g is not None for held in before for g in held):
-        for one in learning:  # so that what fails below takes nothing with it
-            for *_, parameter in one.run.trainable:
-                parameter.grad = None
+    before = [_taken(run) for run, _ in learning]
     try:
-        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
-        _check_gradients(learning)
+        torch.stack([sums.loss for _, sums in learning]).sum().backward()  # type: ignore[no-untyped-call]
+        _check_gradients([one for one, _ in pairs if one.backward])
+        new = [_taken(run) for run, _ in learning]
     except BaseException:
-        for one, held in zip(learning, before, strict=True):
-            for (*_, parameter), gradient in zip(one.run.trainable, held, strict=True):
-                parameter.grad = gradient
+        for (run, _), gradients in zip(learning, before, strict=True):
+            run.give(gradients)
         raise
-    with torch.no_grad():
-        for one, held in zip(learning, before, strict=True):
-            for (*_, parameter), gradient in zip(one.run.trainable, held, strict=True):
-                if gradient is not None:
-                    added = parameter.grad
-                    parameter.grad = gradient if added is None else gradient.add_(added)
-    for (one, _), sums in zip(pairs, made, strict=True):
-        if one.backward:
-            one.run.add(sums)
+    for (run, sums), old, added in zip(learning, before, new, strict=True):
+        run.give([_sum(a, b) for a, b in zip(old, added, strict=True)])
+        run.add(sums)
+
+
+def _taken(run: Run) -> list[Tensor | None]:
+    """The gradients that a run's parameters hold; they hold none afterwards."""
+    gradients = [parameter.grad for *_, parameter in run.trainable]
+    run.give([None] * len(gradients))
+    return gradients
+
+
+@torch.no_grad()
+def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    if old is None or new is None:
+        return new if old is None else old
+    return old.add_(new)
 
 
 def _check_finite(pairs: Sequence[tuple[Slice, TokenStream]], made: Sequence[Sums]) -> None:

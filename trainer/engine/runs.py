@@ -1,6 +1,6 @@
 """One run among many: what it trains, its gradients, its optimiser."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,18 +44,15 @@ class Run:
         """What went wrong in a forward_backward since the last step."""
 
         self._weight, self._random_before = 0.0, self.random
-        self._dropouts = [m for m in _own_modules(built) if getattr(m, "p", 0) > 0]
+        self._dropouts = _adapter_dropouts(built)
+        self.draws = bool(self._dropouts) or _draws(built)
+        """Whether training draws random numbers, which then must be this run's alone."""
 
     def optimizer_for(self, settings: StepSettings) -> torch.optim.Optimizer:
         """The run's optimiser, made with its first step, which says of which kind it is."""
         if self.optimizer is None:
             self.optimizer = make_optimizer(self.trainable, settings.optimizer, settings.arguments)
         return self.optimizer
-
-    @property
-    def draws(self) -> bool:
-        """Whether training draws random numbers, which then must be this run's alone."""
-        return bool(self._dropouts)
 
     @property
     def mixes(self) -> bool:
@@ -73,8 +70,12 @@ class Run:
     def begin(self) -> None:
         """Before the first micro-batch of a forward_backward."""
         self._weight, self._random_before = 0.0, self.random
-        for _, _, parameter in self.trainable:
-            parameter.grad = None
+        self.give([None] * len(self.trainable))
+
+    def give(self, gradients: Sequence[Tensor | None]) -> None:
+        """Put gradients where torch keeps them."""
+        for (*_, parameter), gradient in zip(self.trainable, gradients, strict=True):
+            parameter.grad = gradient
 
     def add(self, sums: Sums) -> None:
         """Count a micro-batch whose backward pass is done."""
@@ -131,13 +132,11 @@ class Run:
     @contextmanager
     def _lent_gradients(self) -> Iterator[None]:
         """The optimiser reads them where torch keeps gradients."""
-        for gradient, (_, _, parameter) in zip(self.gradients, self.trainable, strict=True):
-            parameter.grad = gradient
+        self.give(self.gradients)
         try:
             yield
         finally:
-            for _, _, parameter in self.trainable:
-                parameter.grad = None
+            self.give([None] * len(self.trainable))
 
     def clear(self) -> None:
         """Forget pending gradients."""
@@ -178,15 +177,27 @@ class Run:
             self.optimizer.load_state_dict(state.optimizer)
 
 
-def _own_modules(built: Built) -> Iterator[nn.Module]:
-    """Modules whose training mode is this run's: dropout of its adapter and of its towers, and of
-    a language model of its own."""
+def _dropouts(module: nn.Module) -> Iterator[nn.Module]:
+    for one in module.modules():
+        if isinstance(one, nn.modules.dropout._DropoutNd) and one.p > 0:
+            yield one
+
+
+def _adapter_dropouts(built: Built) -> list[nn.Module]:
+    """Of this run's adapter, among all that the language model has."""
     mine = f".lora_dropout.{built.model.adapter}"
-    for name, module in built.model.named_modules():
-        if not isinstance(module, nn.modules.dropout._DropoutNd):
-            continue
-        if name.startswith("encoders."):
-            if any(p.requires_grad for p in built.model.parameters()):
-                yield module
-        elif ".lora_dropout." not in name or name.endswith(mine):
-            yield module
+    named = built.model.language.named_modules()
+    return [one for name, module in named if name.endswith(mine) for one in _dropouts(module)]
+
+
+def _draws(built: Built) -> bool:
+    """Whether anything of this run that may be in training mode has dropout."""
+    shared = built.model.backbone.own_modules
+    if any(isinstance(one, nn.modules.dropout._DropoutNd) and one.p > 0 for one in shared):
+        return True
+    for name in built.model.encoders:
+        encoder = built.model.media_encoder(name)
+        parts = [encoder.projector, *([encoder.encoder] if encoder.trainable else [])]
+        if any(True for part in parts for _ in _dropouts(part)):
+            return True
+    return False
