@@ -95,7 +95,7 @@ PHASES: dict[str, Callable[[Any], None]] = {
     "decoding ahead": lambda kill: around(Loader, "_work", kill),
     "pack given": lambda kill: around(Loader, "_write_journal", kill),
     "forward pass": lambda kill: around(
-        PlaitModel, "compute", kill, when=lambda model, *_: model.training
+        PlaitModel, "score", kill, when=lambda model, *_: model.training
     ),
     "accumulation": lambda kill: around(
         PlaitModule, "training_step", kill, when=lambda module, *_: module._packs > 0
