@@ -12,6 +12,7 @@
     │   └── DamagedCheckpointError               one whose files are not what was saved
     ├── FetchError            RuntimeError       a download or conversion that did not succeed
     ├── ModelError            RuntimeError       a model that does not behave as it must
+    │   └── RankDiedError                        a process of several that ended
     └── Interrupted           RuntimeError       the user stopped a run; what is saved is said
 
 A message gives the rule, the value and the remedy. `exit_code` is what the command line returns:
@@ -145,6 +146,10 @@ class FetchError(PlaitError, RuntimeError):
 
 class ModelError(PlaitError, RuntimeError):
     """A model that does not behave as training needs it to."""
+
+
+class RankDiedError(ModelError):
+    """One of several processes that compute together has ended, or does not answer."""
 
 
 class Interrupted(PlaitError, RuntimeError):  # noqa: N818  (the field's word for Ctrl-C)

@@ -3,7 +3,7 @@
 Shape letters: T positions of a row, P some of them, H hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import ModelError
+from plait.kernels.interval_attention import Intervals
 from plait.trainer.grouped_lora import GroupedLora
+from plait.trainer.ranks.group import Group, OutOfStepError
+from plait.trainer.ranks.sharding import Guard
 from plait.trainer.rows import Rows
 
 
@@ -46,8 +49,32 @@ class Backbone:
         """Chooses adapters by document, once several runs share this model; until then peft's
         layers use the one that is active."""
 
+        self.guard: Guard | None = None
+        """Keeps ranks in step, where the layers are cut into shards."""
+
+        self.before_read: Callable[[], None] = _nothing
+        """Called before each reading: other ranks may have to lend their shards."""
+
         self.own_modules = list(language.modules())
         """All that the language model had before it had adapters."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the layers are cut into shards, one on each rank."""
+        return self.guard is not None
+
+    def shard(self, group: Group) -> None:
+        """Cut the layers into shards; collective.
+
+        Raises:
+            ModelError: the model cannot read several documents in one row.
+        """
+        if not self.packs:
+            raise ModelError(
+                "strategy 'fsdp' needs a model that can be packed, which this one cannot: use 'ddp'"
+            )
+        self.guard = Guard(self.language)  # before the hooks that gather shards
+        group.shard(self.language)
 
     @property
     def device(self) -> torch.device:
@@ -133,22 +160,52 @@ class Backbone:
         """
         positions = rows.positions.to(self.device)
         rows.visible.route = self.attention_route
-        output: Tensor = self.decoder(
-            inputs_embeds=rows.embeddings[None],
-            position_ids=positions[None] if positions.ndim == 1 else positions[:, None],
-            past_key_values=cache,
-            use_cache=cache is not None,
-            visible=rows.visible.to(self.device),
-            **_document_bounds(rows.bounds, self.device),
-            **(rows.deeper.keywords() if rows.deeper else {}),
-        ).last_hidden_state[0]
+        self.before_read()
+        with self._in_step():
+            output: Tensor = self.decoder(
+                inputs_embeds=rows.embeddings[None],
+                position_ids=positions[None] if positions.ndim == 1 else positions[:, None],
+                past_key_values=cache,
+                use_cache=cache is not None,
+                visible=rows.visible.to(self.device),
+                **_document_bounds(rows.bounds, self.device),
+                **(rows.deeper.keywords() if rows.deeper else {}),
+            ).last_hidden_state[0]
         return output
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """An error of a layer is raised when all layers are through, on all ranks.
+
+        Raises:
+            OutOfStepError: it was none of a layer, so that other ranks wait.
+        """
+        if self.guard is None:
+            with nullcontext():
+                yield
+            return
+        try:
+            yield
+        except Exception as error:
+            raise OutOfStepError(f"reading a row over shards failed: {error}") from error
+        self.guard.check()
+
+    def spare(self) -> Rows:
+        """A row of one position, for a rank that has nothing to read."""
+        width = self.language.get_input_embeddings().weight.shape[1]
+        embeddings = torch.zeros(1, width, dtype=self.output_weight.dtype, device=self.device)
+        visible = Intervals(torch.tensor([0]), torch.tensor([1]))
+        return Rows(embeddings, torch.zeros(1, dtype=torch.long), visible, [(0, 1)], [None])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(P, H) -> (P, V) in float32; for the few positions that are sampled from."""
         logits = nn.functional.linear(hidden.to(self.output_weight.dtype), self.output_weight)
         logits = logits.float()
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+
+def _nothing() -> None:
+    """The other ranks need not know."""
 
 
 def _document_bounds(bounds: Sequence[tuple[int, int]], device: torch.device) -> dict[str, Any]:

@@ -72,8 +72,11 @@ def build(
     return attach(load_base(spec), spec, seed, limits, trains=trains)
 
 
-def load_base(spec: ModelSpec) -> Base:
+def load_base(spec: ModelSpec, device: torch.device | None = None) -> Base:
     """The language model of `spec`, all of it frozen.
+
+    Args:
+        device: Where it computes; the CPU by default.
 
     Raises:
         ConfigError, FetchError: a name that leads to nothing usable.
@@ -86,6 +89,9 @@ def load_base(spec: ModelSpec) -> Base:
     tokenizer = load_tokenizer(folder)
     language = load_language(folder, spec.dtype)
     language.requires_grad_(False)
+    if trains_language(spec):
+        language.float()
+    language.to(device or "cpu")
     return Base(folder, Backbone(language), tokenizer, file_hash(folder))
 
 
@@ -117,7 +123,7 @@ def attach(
         tokenizer.chat_template = spec.template
     lora = None
     if trains_language(spec):
-        language.requires_grad_(trains).float()
+        language.requires_grad_(trains)
     elif spec.lora is not None and spec.trains("language"):
         base.backbone.share()
         lora = add_lora(language, language.get_output_embeddings(), spec.lora, seed, adapter)
@@ -130,6 +136,7 @@ def attach(
     _check_media(media)
     encoders = {encoder.name: encoder for encoder in media.values()}
     model = PlaitModel(base.backbone, encoders, adapter if lora is not None else None)
+    model.to(base.backbone.device)
     _narrow(model, spec)
     _checkpoint(model, spec)
     if trains and not any(True for _ in model.trainable()):

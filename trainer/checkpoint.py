@@ -33,6 +33,7 @@ from plait.trainer.build import Built
 from plait.trainer.files import new_folder, write_json
 from plait.trainer.lora import adapter_state, check_exactly, copy
 from plait.trainer.optimiser import ADAM_W, OPTIMIZERS
+from plait.trainer.ranks.sharding import whole
 
 FORMAT = 1
 _STATE_FILES = {"optimizer.safetensors", "gradients.safetensors"}
@@ -63,23 +64,48 @@ class State:
     """What they were summed over."""
 
 
+Weights = dict[str, dict[str, Tensor]]
+"""What a run trains, by the file that holds it, and by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A run as a checkpoint has it, in memory."""
+
+    weights: Weights
+    state: State
+
+
+def weights_of(built: Built) -> Weights:
+    """Copies of all that trains, on the CPU, gathered where it is sharded; collective then."""
+    return {name: _contiguous(tensors) for name, (tensors, _) in _weight_files(built).items()}
+
+
+def put_weights(built: Built, weights: Weights) -> None:
+    """Copy what `weights_of` took from an equal model."""
+    for name, (tensors, _) in _weight_files(built).items():
+        copy(tensors, weights[name])
+
+
 def save(
     folder: Path,
     built: Built,
     state: State | None = None,
     metadata: Mapping[str, str] | None = None,
+    weights: Weights | None = None,
 ) -> None:
     """Write a checkpoint at `folder`, whole or not at all.
 
     Args:
         state: With it the checkpoint can be resumed from; without, it holds weights only.
         metadata: The user's own words about it, which the manifest keeps.
+        weights: `weights_of(built)`, where other ranks have taken part in it already.
 
     Raises:
         CheckpointError: it cannot be written; an earlier one at `folder` is unchanged.
     """
     with new_folder(folder) as aside:
-        _write_weights(aside, built)
+        _write_weights(aside, built, weights or weights_of(built))
         if state is not None:
             _write_state(aside, state)
         files = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
@@ -209,13 +235,13 @@ def check_state(folder: Path, state: State | None, optimizer: torch.optim.Optimi
         )
 
 
-def _write_weights(folder: Path, built: Built) -> None:
+def _write_weights(folder: Path, built: Built, weights: Weights) -> None:
     if built.lora is not None:
         built.lora.inference_mode = True
         built.lora.base_model_name_or_path = built.spec.language
         built.lora.save_pretrained(folder)
-    for name, (tensors, _) in _weight_files(built).items():
-        save_file(_contiguous(tensors), folder / name, metadata={"format": "pt"})
+    for name, tensors in weights.items():
+        save_file(tensors, folder / name, metadata={"format": "pt"})
     (folder / "template.jinja").write_text(built.tokenizer.chat_template or "", encoding="utf-8")
 
 
@@ -253,7 +279,9 @@ def _language_state(built: Built) -> dict[str, Tensor]:
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return {
+        name: whole(tensor.detach()).cpu().contiguous().clone() for name, tensor in tensors.items()
+    }
 
 
 def _write_state(folder: Path, state: State) -> None:

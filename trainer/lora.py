@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import CheckpointError, ConfigError
+from plait.trainer.ranks.sharding import fill
 from plait.trainer.spec import LoraSpec
 
 _PREFIX = "base_model.model."
@@ -141,8 +142,7 @@ def check_exactly(mine: Mapping[str, Tensor], saved: Mapping[str, Tensor], what:
             )
 
 
-@torch.no_grad()
 def copy(mine: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Copy `saved`, which `check_exactly` passed, into `mine` in place."""
     for name, tensor in mine.items():
-        tensor.copy_(saved[name])
+        fill(tensor, saved[name])

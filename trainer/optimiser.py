@@ -31,6 +31,9 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 """torch's optimisers that step on gradients alone, by name."""
 
+ELEMENTWISE = tuple(name for name in OPTIMIZERS if name != "adafactor")
+"""Those that step on a part of a parameter as they would on all of it."""
+
 _SET_APART = ("params", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable")
 """Arguments that are set otherwise, or are not the user's to choose."""
 
@@ -106,9 +109,16 @@ def make_optimizer(
 
 
 def prepare_step(
-    trainable: Trainable, optimizer: torch.optim.Optimizer, settings: StepSettings, divide_by: float
+    trainable: Trainable,
+    optimizer: torch.optim.Optimizer,
+    settings: StepSettings,
+    divide_by: float,
+    norm: float | None = None,
 ) -> dict[str, float]:
     """Divide the summed gradients, clip them, and set the step's numbers; returns metrics.
+
+    Args:
+        norm: Of all gradients together, where this process has only a part of them.
 
     Raises:
         ModelError: a gradient is not finite, or the optimiser is not that of the steps before;
@@ -120,7 +130,7 @@ def prepare_step(
             f"step asks for {settings.optimizer}; begin a new run from its saved weights"
         )
     gradients = [p.grad for _, _, p in trainable if p.grad is not None]
-    norm = _norm(gradients) / divide_by
+    norm = (_norm(gradients) if norm is None else norm) / divide_by
     if not math.isfinite(norm):
         raise ModelError(
             f"gradients must be finite; their norm is {norm}: lower the learning rate or look for "

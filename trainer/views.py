@@ -8,9 +8,10 @@ from torch import nn
 from plait.encoders.media_encoder import MediaEncoder
 from plait.trainer.backbone import Backbone
 from plait.trainer.base import Base
-from plait.trainer.build import Built
+from plait.trainer.build import Built, load_base
 from plait.trainer.lora import copy_lora
 from plait.trainer.model import PlaitModel
+from plait.trainer.ranks.sharding import fill, whole
 
 
 def frozen_view(built: Built, name: str) -> Built:
@@ -27,7 +28,7 @@ def frozen_view(built: Built, name: str) -> Built:
         base.backbone.adapters_changed()
         adapter = name
     elif built.trains_language:
-        base = _copied(base)
+        base = _copied(built)
     model = PlaitModel(base.backbone, encoders, adapter)
     return replace(built, model=model, base=base)
 
@@ -44,13 +45,19 @@ def _frozen(encoder: MediaEncoder) -> MediaEncoder:
     return made
 
 
-def _copied(base: Base) -> Base:
-    """A base of its own, where the language model itself trains."""
-    language: nn.Module = deepcopy(base.backbone.language)
-    language.requires_grad_(False)
-    backbone = Backbone(language)
+def _copied(built: Built) -> Base:
+    """A base of its own, where the language model itself trains; collective where it is sharded."""
+    trained = built.base.backbone
+    if trained.sharded:
+        made = load_base(built.spec, trained.device)
+        weights = dict(trained.language.named_parameters())
+        for name, parameter in made.backbone.language.named_parameters():
+            fill(parameter, whole(weights[name]))
+    else:
+        language: nn.Module = deepcopy(trained.language)
+        made = copy(built.base)
+        made.backbone = Backbone(language)
+    made.backbone.language.requires_grad_(False)
     for fact in ("packs", "packing_difference", "packing_refusal", "attention_route"):
-        setattr(backbone, fact, getattr(base.backbone, fact))
-    made = copy(base)
-    made.backbone = backbone
+        setattr(made.backbone, fact, getattr(trained, fact))
     return made

@@ -19,6 +19,7 @@ from plait.trainer.build import Built
 from plait.trainer.config import TrainConfig, config_from
 from plait.trainer.engine import commands
 from plait.trainer.engine.controller import Engine, EngineSettings
+from plait.trainer.engine.planning import plan
 from plait.trainer.model import LEARN
 from plait.trainer.optimiser import StepSettings, make_optimizer, prepare_step
 from plait.trainer.sampling.settings import SamplerSettings
@@ -74,29 +75,39 @@ def gradients(lone: Lone) -> list[torch.Tensor | None]:
     return [None if g is None else g.clone() for g in lone.run.gradients]
 
 
-def test_a_plan_covers_each_document_once_within_the_capacity(engine: Engine) -> None:
+def test_a_plan_covers_each_document_once_within_the_capacity() -> None:
     generator = np.random.default_rng(0)
     documents = [document(int(n)) for n in generator.integers(1, 13, 40)]
-    batches = engine.plan(documents)
+    batches = plan(documents, 12)
     assert sorted(i for batch in batches for i in batch) == list(range(40))
     assert all(sum(documents[i].length for i in batch) <= 12 for batch in batches)
-    assert engine.plan(documents) == batches
-    assert engine.plan([]) == []
+    assert plan(documents, 12) == batches
+    assert plan([], 12) == []
 
 
-def test_what_fits_is_one_micro_batch_in_its_order(engine: Engine) -> None:
-    assert engine.plan([document(n) for n in (2, 5, 1, 4)]) == [[0, 1, 2, 3]]
-    few = Engine(EngineSettings(capacity=12, max_documents=2))
-    assert all(len(batch) <= 2 for batch in few.plan([document(2)] * 5))
-    few.close()
+def test_what_fits_is_one_micro_batch_in_its_order() -> None:
+    assert plan([document(n) for n in (2, 5, 1, 4)], 12) == [[0, 1, 2, 3]]
+    assert all(len(batch) <= 2 for batch in plan([document(2)] * 5, 12, 2))
 
 
-def test_documents_of_a_group_stay_together(engine: Engine) -> None:
+def test_what_fits_into_a_micro_batch_of_each_rank_is_spread_evenly() -> None:
+    documents = [document(n) for n in (2, 5, 1, 4)]
+    spread = plan(documents, 12, ranks=2)
+    assert [sum(documents[i].length for i in batch) for batch in spread] == [6, 6]
+    assert sorted(i for batch in spread for i in batch) == [0, 1, 2, 3]
+    assert plan(documents[:1], 12, ranks=2) == [[0]]
+    pairs = [document(3, group=n // 2) for n in range(4)]
+    assert sorted(map(sorted, plan(pairs, 12, ranks=2))) == [[0, 1], [2, 3]]
+    many = plan([document(10)] * 5, 12, ranks=2)
+    assert sorted(many) == [[n] for n in range(5)]
+
+
+def test_documents_of_a_group_stay_together() -> None:
     documents = [document(5, group=1), document(6), document(5), document(6, group=1)]
-    (together,) = [batch for batch in engine.plan(documents) if 0 in batch]
+    (together,) = [batch for batch in plan(documents, 12) if 0 in batch]
     assert 3 in together
     with pytest.raises(DataError):
-        engine.plan([document(7, group=1), document(7, group=1)])
+        plan([document(7, group=1), document(7, group=1)], 12)
 
 
 def test_commands_and_results_are_plain_data(lone: Lone, tmp_path: Path) -> None:
@@ -109,7 +120,7 @@ def test_commands_and_results_are_plain_data(lone: Lone, tmp_path: Path) -> None
     )  # fmt: skip
     settings = SamplerSettings(max_tokens=2)
     for command in [
-        commands.ForwardBackward(run, documents, engine.plan(documents), LEARN),
+        commands.ForwardBackward(run, documents, plan(documents, 12), LEARN),
         commands.OptimStep(run, StepSettings(), divide_by_weight=True),
         commands.SaveState(run, tmp_path / "one", cursor={"row": 3}),
         commands.LoadState(run, tmp_path / "one", with_optimizer=True),

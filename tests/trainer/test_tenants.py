@@ -18,9 +18,10 @@ from plait.errors import DataError, ModelError
 from plait.modalities import Image, Limits
 from plait.stream import Document, Sample, render
 from plait.trainer.config import config_from
-from plait.trainer.engine import commands, computing
-from plait.trainer.engine.commands import ForwardBackward
+from plait.trainer.engine import commands, executor
+from plait.trainer.engine.commands import ForwardBackward, MicroBatch
 from plait.trainer.engine.controller import Engine, EngineSettings
+from plait.trainer.engine.retrying import compute_rows
 from plait.trainer.engine.runs import Run
 from plait.trainer.model import LEARN
 from plait.trainer.optimiser import StepSettings
@@ -29,7 +30,7 @@ from plait.trainer.spec import LoraSpec, ModelSpec
 SGD = StepSettings(optimizer="sgd", learning_rate=0.001)
 
 LORAS = [
-    LoraSpec(rank=2),
+    LoraSpec(rank=2, alpha=4.0),  # at 32, a scale of 16 turns round-off into 1e-6 in ten steps
     LoraSpec(rank=5, alpha=7.0),
     LoraSpec(rank=1, targets=("q_proj", "v_proj")),
     LoraSpec(rank=8, targets=("down_proj",)),
@@ -77,13 +78,13 @@ class Tenants:
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many runs stood in each row that was computed."""
     seen: list[int] = []
-    together = computing._together
+    compute = executor.compute
 
-    def counted(pairs: Any) -> Any:
-        seen.append(len(pairs))
-        return together(pairs)
+    def counted(slices: Any, *rest: Any, **options: Any) -> Any:
+        seen.append(len(slices))
+        return compute(slices, *rest, **options)
 
-    monkeypatch.setattr(computing, "_together", counted)
+    monkeypatch.setattr(executor, "compute", counted)
     return seen
 
 
@@ -290,16 +291,16 @@ def test_where_memory_ends_a_row_is_halved_and_then_refused(
     four.submit(0, samples).result()
     expected = gradients(four.runs[0])
     four.runs[0].clear()
-    together, most, seen = computing._together, 2, []
+    compute, most, seen = executor.compute, 2, []
 
-    def small(pairs: Any) -> Any:
-        count = sum(len(one.documents) for one, _ in pairs)
+    def small(slices: Any, *rest: Any, **options: Any) -> Any:
+        count = sum(len(one.documents) for one in slices)
         seen.append(count)
         if count > most:
             raise torch.OutOfMemoryError("out of memory")
-        return together(pairs)
+        return compute(slices, *rest, **options)
 
-    monkeypatch.setattr(computing, "_together", small)
+    monkeypatch.setattr(executor, "compute", small)
     results = four.submit(0, samples).result()
     assert seen[-2:] == [2, 2] and len(results) == 4
     assert_close(gradients(four.runs[0]), expected, 1e-5)
@@ -312,10 +313,15 @@ def test_where_memory_ends_a_row_is_halved_and_then_refused(
 
 def test_pairs_are_not_split_where_memory_ends(four: Tenants, samples: list[Sample]) -> None:
     documents = [replace(d, group=n // 2) for n, d in enumerate(four.documents(0, samples))]
-    one = computing.Slice(four.runs[0], documents, LEARN, backward=True)
-    assert [len(half.documents) for half in computing._halves(one)] == [2, 2]
-    three = replace(one, documents=documents[:2])
-    assert computing._halves(three) == [three]
+    tried: list[int] = []
+
+    def attempt(rows: Sequence[Sequence[MicroBatch]]) -> list[Any]:
+        tried.append(len(rows[0][0].documents))
+        return [torch.OutOfMemoryError("out of memory")]
+
+    [[result]] = compute_rows([[MicroBatch("run", documents, LEARN, True, ())]], attempt,
+                              in_step=False)  # fmt: skip
+    assert tried == [4, 2] and isinstance(result, ModelError)
 
 
 def test_turns_are_fair_by_positions(spec: ModelSpec, samples: list[Sample]) -> None:

@@ -3,7 +3,7 @@
 Shape letters: T positions of a document, K soft targets of a position.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,15 @@ from numpy.typing import NDArray
 
 from plait.modalities import Limits
 from plait.stream import Document
+from plait.trainer.checkpoint import Snapshot
 from plait.trainer.model import Objective
 from plait.trainer.optimiser import StepSettings
 from plait.trainer.sampling.requests import Generated, PromptScores
 from plait.trainer.sampling.settings import SamplerSettings
 from plait.trainer.spec import ModelSpec
+
+BaseKey = tuple[str, ...]
+"""What tells one language model from others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,54 @@ class DocumentResult:
     loss: float
     weight: float
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Documents of one `ForwardBackward` that one rank computes in one row."""
+
+    run: str
+    documents: Sequence[Document]
+    objective: Objective
+    backward: bool
+    place: tuple[int, ...]
+    """In the command, for what is drawn at random."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """One rank's row, micro-batches of several runs; it may be empty.
+
+    Args:
+        beside: A run of some rank's row.
+        backward: Whether some rank's row is learned from.
+    """
+
+    row: Sequence[MicroBatch]
+    beside: str
+    backward: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """A run's `ForwardBackward` begins."""
+
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """All of it is computed: its gradients are the run's."""
+
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """It failed: nothing of it stays."""
+
+    run: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +210,41 @@ class Sampled:
     scores: PromptScores | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """Take part in gathering what is sharded of a run, for the rank that keeps it."""
+
+    run: str
+    weights_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Put a run where rank 0 has it."""
+
+    run: str
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Lend:
+    """Take part in reading one row of a sharded language model."""
+
+    base: BaseKey
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Language models that rank 0 has freed."""
+
+    bases: list[BaseKey]
+
+
+RankCommand = Gather | Restore | Lend | Forget
+UNANSWERED = (Begin, Finish, Abandon, Lend, Forget)
+"""What cannot fail on one rank alone."""
+
 RunCommand = CreateRun | DropRun | ForwardBackward | OptimStep | SaveState | LoadState | TakeView
+PassCommand = Begin | Compute | Finish | Abandon
 ViewCommand = CreateView | DropView | Sample | CancelSample
-Command = RunCommand | ViewCommand
+Command = RunCommand | PassCommand | ViewCommand | RankCommand

@@ -12,17 +12,20 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from plait.datasets.packing import best_fit, make_units
-from plait.errors import DataError, ModelError
+from plait.errors import ModelError, RankDiedError, UnknownNameError
 from plait.modalities import Limits
+from plait.ranges import check_number
 from plait.stream import Document
 from plait.trainer.build import Built
 from plait.trainer.engine import commands
-from plait.trainer.engine.commands import Command, DocumentResult, ForwardBackward
-from plait.trainer.engine.computing import Slice
+from plait.trainer.engine.commands import Command, DocumentResult, ForwardBackward, MicroBatch
 from plait.trainer.engine.executor import Executor
-from plait.trainer.engine.scheduler import Queued, Scheduler
+from plait.trainer.engine.planning import plan
+from plait.trainer.engine.retrying import Result
+from plait.trainer.engine.scheduler import Kind, Queued, Scheduler, Taken
+from plait.trainer.engine.team import Team
 from plait.trainer.model import LEARN, Objective
+from plait.trainer.ranks.group import STRATEGIES
 from plait.trainer.spec import ModelSpec
 
 
@@ -39,6 +42,18 @@ class EngineSettings:
     sampler_memory_mb: int = 1024
     """Memory for the keys and values of what is sampled, on each language model; it is taken as
     it is needed, and requests wait when it is full."""
+
+    devices: int = 1
+    """Ranks that compute together, one on each GPU, or as so many processes on a CPU."""
+
+    strategy: str = "ddp"
+    """How several devices share a model: "ddp", each has all of it, or "fsdp", the layers of the
+    language model are cut into shards."""
+
+    def __post_init__(self) -> None:
+        check_number("devices", self.devices, "[1, inf)", whole=True)
+        if self.strategy not in STRATEGIES:
+            raise UnknownNameError("strategy", self.strategy, STRATEGIES)
 
 
 class Engine:
@@ -68,7 +83,7 @@ class Engine:
     @property
     def executor(self) -> Executor:
         """The executor of rank 0; only its worker may change anything of it."""
-        return self._work.executor
+        return self._work.team.executor
 
     def new_name(self, kind: str) -> str:
         """A name that no run and no view of this engine has."""
@@ -116,29 +131,9 @@ class Engine:
         Raises:
             DataError: a document is longer than a micro-batch.
         """
-        batches = self.plan(documents)
+        settings = self.settings
+        batches = plan(documents, settings.capacity, settings.max_documents, ranks=settings.devices)
         return self.submit(ForwardBackward(run, list(documents), batches, objective, backward))
-
-    def plan(self, documents: Sequence[Document]) -> list[list[int]]:
-        """Micro-batches as lists of indices; documents of one group stay together, in order.
-
-        What fits into one micro-batch goes into one, in the order given.
-        """
-        capacity, most = self.settings.capacity, self.settings.max_documents
-        lengths = [document.length for document in documents]
-        for document in documents:
-            if document.length > capacity:
-                raise DataError(
-                    f"a datum must fit into a micro-batch of {capacity} positions; this one has "
-                    f"{document.length}: shorten it or raise the capacity",
-                    document.origin,
-                )
-        if sum(lengths) <= capacity and (most is None or len(lengths) <= most):
-            return [list(range(len(lengths)))] if lengths else []
-        groups = [document.group for document in documents]
-        units = make_units(list(range(len(lengths))), lengths, groups)
-        packs = best_fit(units, capacity=capacity, max_documents=most)
-        return [list(indices) for indices in packs]
 
     def discard(self, command: Command) -> None:
         """Forget a run or a view when what is queued is done; never waits, and never fails."""
@@ -171,17 +166,28 @@ class _Work:
     """What the worker thread does: turns of runs, and steps of the sampler between them."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        self.executor = Executor(settings.sampler_memory_mb * 1_000_000)
+        self.team = Team(
+            settings.devices, settings.strategy, settings.sampler_memory_mb * 1_000_000
+        )
         self.ending = False
-        self._scheduler = Scheduler(settings.capacity, settings.max_documents, self._row_of)
+        self._scheduler = Scheduler(
+            settings.capacity,
+            settings.max_documents,
+            self._kind_of,
+            rows=settings.devices,
+            one_model=settings.strategy == "fsdp",
+        )
         self._changed = threading.Condition()
         self._seconds = {"training": 0.0, "sampling": 0.0}
         """Since both had something to do."""
 
-    def _row_of(self, run: str) -> int | None:
-        """The language model whose rows a run's documents may share with others."""
-        held = self.executor.runs.get(run)
-        return id(held.model.backbone) if held is not None and held.mixes else None
+    def _kind_of(self, run: str) -> Kind:
+        """What a run's micro-batches may share with those of others."""
+        held = self.team.executor.runs.get(run)
+        if held is None:
+            return Kind(run, None)
+        model = id(held.model.backbone)
+        return Kind(model, model if held.mixes else None)
 
     def put(self, queued: Queued) -> None:
         with self._changed:
@@ -197,22 +203,23 @@ class _Work:
     def loop(self) -> None:
         while self._wait():
             training = bool(self._scheduler)
-            sampling = self.executor.sampling
+            sampling = self.team.executor.sampling
             if not (training and sampling):
                 self._seconds = dict.fromkeys(self._seconds, 0.0)
             behind = self._seconds["sampling"] <= self._seconds["training"]
             kind = "sampling" if sampling and (behind or not training) else "training"
             start = time.perf_counter()
             if kind == "sampling":
-                self.executor.sample_step()
+                self.team.sample_step()
             else:
                 self._turn()
             self._seconds[kind] += time.perf_counter() - start
+        self.team.close()
 
     def _wait(self) -> bool:
         """Until there is something to do; False where there never will be."""
         with self._changed:
-            while not self._scheduler and not self.executor.sampling:
+            while not self._scheduler and not self.team.executor.sampling:
                 if self.ending:
                     return False
                 self._changed.wait()
@@ -220,19 +227,22 @@ class _Work:
 
     def _turn(self) -> None:
         with self._changed:
-            row = self._scheduler.next()
-        if isinstance(row[0].command, ForwardBackward):
-            self._compute(row)
+            chosen = self._scheduler.next()
+        if isinstance(chosen, Queued):
+            self._execute(chosen)
         else:
-            self._execute(row[0])
+            self._compute(chosen)
 
     def _execute(self, queued: Queued) -> None:
         command = queued.command
         try:
             if isinstance(command, commands.Sample):
-                self.executor.sample(command, queued.future)
+                self.team.sample(command, queued.future)
             else:
-                queued.future.set_result(self.executor.execute(command))
+                queued.future.set_result(self.team.execute(command))
+        except RankDiedError as error:
+            queued.future.set_exception(error)
+            self._fail_under_way(error)
         except BaseException as error:  # the caller's to raise, in the caller's thread
             queued.future.set_exception(error)
         finally:
@@ -242,49 +252,82 @@ class _Work:
         with self._changed:
             self._scheduler.done(queued)
 
-    def _compute(self, row: Sequence[Queued]) -> None:
-        """The next micro-batch of each; a command that is whole then, or fails, ends."""
-        slices: list[tuple[Queued, Slice]] = []
-        for queued in row:
+    def _compute(self, rows: Sequence[Sequence[Taken]]) -> None:
+        """The next micro-batches, on all ranks; a command that is whole then, or fails, ends."""
+        there = [[taken for taken in row if self._begun(taken)] for row in rows]
+        there = [row for row in there if row]
+        if not there:
+            return
+        try:
+            results = self.team.compute([[_batch(taken) for taken in row] for row in there])
+        except RankDiedError as error:
+            self._fail_under_way(error)
+            return
+        pairs = [pair for row, found in zip(there, results, strict=True)
+                 for pair in zip(row, found, strict=True)]  # fmt: skip
+        for taken, result in pairs:
+            _record(taken, result)
+        for queued in dict.fromkeys(taken.queued for taken, _ in pairs):
+            self._settle(queued)
+
+    def _begun(self, taken: Taken) -> bool:
+        """Begin a command with its first micro-batch; False where it has failed already."""
+        queued, command = taken.queued, taken.queued.command
+        assert isinstance(command, ForwardBackward)
+        if taken.number == 0:
+            queued.results = [None] * len(command.documents)
             try:
-                slices.append((queued, self._slice(queued)))
+                self.team.executor.run(command.run)
+                if command.backward:
+                    self.team.execute(commands.Begin(command.run))
             except BaseException as error:
                 self._fail(queued, error)
-        results = self.executor.compute([one for _, one in slices])
-        for (queued, one), result in zip(slices, results, strict=True):
-            if isinstance(result, Exception):
-                if one.backward:
-                    one.run.abandon(result)
-                self._fail(queued, result)
-            else:
-                self._advance(queued, one, result)
+                return False
+        return not queued.future.done()
 
-    def _slice(self, queued: Queued) -> Slice:
+    def _settle(self, queued: Queued) -> None:
         command = queued.command
         assert isinstance(command, ForwardBackward)
-        run = self.executor.run(command.run)
-        if queued.next_batch == 0:
-            queued.results = [None] * len(command.documents)
+        if queued.error is not None:
             if command.backward:
-                run.begin()
-        documents = [command.documents[i] for i in queued.batch]
-        return Slice(run, documents, command.objective, command.backward)
-
-    def _advance(self, queued: Queued, one: Slice, results: Sequence[DocumentResult]) -> None:
-        command = queued.command
-        assert isinstance(command, ForwardBackward)
-        for index, result in zip(queued.batch, results, strict=True):
-            queued.results[index] = result
-        queued.next_batch += 1
-        if queued.next_batch == len(command.micro_batches):
-            if one.backward:
-                one.run.finish()
+                self.team.execute(commands.Abandon(command.run, str(queued.error)))
+            self._fail(queued, queued.error)
+        elif queued.whole:
+            if command.backward:
+                self.team.execute(commands.Finish(command.run))
             self._done(queued)
             queued.future.set_result([result for result in queued.results if result is not None])
 
     def _fail(self, queued: Queued, error: BaseException) -> None:
         self._done(queued)
         queued.future.set_exception(error)
+
+    def _fail_under_way(self, error: BaseException) -> None:
+        """What was computed of them went with a rank."""
+        with self._changed:
+            begun = self._scheduler.under_way()
+        for queued in begun:
+            self.team.executor.run(queued.owner).failure = str(error)
+            self._fail(queued, error)
+
+
+def _batch(taken: Taken) -> MicroBatch:
+    command = taken.queued.command
+    assert isinstance(command, ForwardBackward)
+    documents = [command.documents[i] for i in command.micro_batches[taken.number]]
+    return MicroBatch(command.run, documents, command.objective, command.backward, (taken.number,))
+
+
+def _record(taken: Taken, result: Result) -> None:
+    queued, command = taken.queued, taken.queued.command
+    assert isinstance(command, ForwardBackward)
+    if isinstance(result, Exception):
+        queued.error = queued.error or result
+        return
+    queued.computed += 1
+    indices = command.micro_batches[taken.number]
+    for index, one in zip(indices, result, strict=True):
+        queued.results[index] = one
 
 
 def facts_of(results: Sequence[DocumentResult]) -> Mapping[str, float]:

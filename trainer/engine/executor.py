@@ -1,9 +1,11 @@
 """One rank's half of the engine: owns the models, the gradients, the optimisers, the sampler."""
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
+
+import torch
 
 from plait.datasets.decoding import Decoder
 from plait.encoders import weights
@@ -15,8 +17,11 @@ from plait.trainer.base import Base
 from plait.trainer.build import Built, attach, load_base, trains_language
 from plait.trainer.engine import commands
 from plait.trainer.engine.computing import Slice, compute
+from plait.trainer.engine.run_state import check, restore, state_of
 from plait.trainer.engine.runs import Run
 from plait.trainer.lora import remove_lora
+from plait.trainer.ranks.group import ALONE, Group, OutOfStepError
+from plait.trainer.ranks.sharding import refuse_unsharded
 from plait.trainer.sampling.requests import Generated, Job, PromptScores, Request
 from plait.trainer.sampling.sampler import Sampler
 from plait.trainer.spec import ModelSpec
@@ -39,16 +44,24 @@ class Executor:
 
     Args:
         sampler_bytes: Memory for the keys and values of what is sampled, on each language model.
+        group: The ranks that do the same commands.
     """
 
-    def __init__(self, sampler_bytes: int) -> None:
+    def __init__(self, sampler_bytes: int, group: Group = ALONE) -> None:
         self.runs: dict[str, Run] = {}
         self.views: dict[str, View] = {}
+        self.bases: dict[commands.BaseKey, Base] = {}
+        """Language models that several runs may share; each goes with the last of its users."""
+
+        self.forgotten: list[commands.BaseKey] = []
+        """Bases that the other ranks still have."""
+
+        self.lend: Callable[[commands.BaseKey], None] = lambda _: None
+        """Is called before a sharded base is read."""
+
+        self.group = group
         self._sampler_bytes = sampler_bytes
         self._decoder = Decoder()
-        self._bases: weakref.WeakValueDictionary[tuple[str, ...], Base] = (
-            weakref.WeakValueDictionary()
-        )
         self._samplers: dict[int, Sampler] = {}
         """By the identity of the language model's backbone."""
 
@@ -56,7 +69,7 @@ class Executor:
         """Requests that may be cancelled, by name."""
 
     def execute(self, command: commands.Command) -> Any:
-        """Do what is not computed in slices and not sampled."""
+        """Do what is not sampled."""
         return _HANDLERS[type(command)](self, command)
 
     def run(self, name: str) -> Run:
@@ -79,7 +92,7 @@ class Executor:
 
     def create_run(self, command: commands.CreateRun) -> Built:
         built = self._built(command.spec, command.seed, command.limits, command.run, trains=True)
-        self.runs[command.run] = Run(command.run, built)
+        self.runs[command.run] = Run(command.run, built, self.group)
         return built
 
     def create_view(self, command: commands.CreateView) -> Built:
@@ -97,10 +110,18 @@ class Executor:
         self, spec: ModelSpec, seed: int, limits: Limits, name: str, *, trains: bool
     ) -> Built:
         alone = trains_language(spec)
-        base = load_base(spec) if alone else self._base(spec)
+        if self.group.sharded:
+            refuse_unsharded(spec)
+        base = load_base(spec, self.group.device) if alone else self._base(spec)
         built = attach(
             base, spec, seed, limits, trains=trains, adapter="default" if alone else name
         )
+        backbone = built.model.backbone
+        if self.group.sharded and not backbone.sharded and (trains or not alone):
+            backbone.shard(self.group)
+            if not alone and self.group.rank == 0:
+                key = next(key for key, held in self.bases.items() if held is base)
+                backbone.before_read = partial(self.lend, key)
         for encoder in built.model.encoders:
             built.model.media_encoder(encoder).headers = self._decoder.header
         return built
@@ -109,11 +130,9 @@ class Executor:
         """The language model, which runs of equal settings share."""
         again = "language" if "language" in spec.checkpointing else ""
         key = (str(weights.resolve(spec.language)), spec.dtype, spec.attention, again)
-        base = self._bases.get(key)
-        if base is None:
-            base = load_base(spec)
-            self._bases[key] = base
-        return base
+        if key not in self.bases:
+            self.bases[key] = load_base(spec, self.group.device)
+        return self.bases[key]
 
     def drop_run(self, command: commands.DropRun) -> None:
         run = self.runs.pop(command.run, None)
@@ -150,18 +169,66 @@ class Executor:
         models += [view.built.model for view in self.views.values()]
         if all(model.backbone is not backbone for model in models):
             self._samplers.pop(id(backbone), None)
+            if self.group.rank == 0:  # the other ranks are told
+                keys = [key for key, base in self.bases.items() if base is built.base]
+                self.forget(commands.Forget(keys))
+                self.forgotten += keys
 
-    def compute(self, slices: Sequence[Slice]) -> list[list[commands.DocumentResult] | Exception]:
-        """Compute one micro-batch of each of several runs, as one row; see `computing`."""
-        return compute(slices, self.load)
+    def forget(self, command: commands.Forget) -> None:
+        for key in command.bases:
+            self.bases.pop(key, None)
+
+    def begin(self, command: commands.Begin) -> None:
+        self.run(command.run).begin()
+
+    def compute(self, command: commands.Compute) -> list[list[commands.DocumentResult]]:
+        """One row of micro-batches; see `computing`."""
+        slices = [
+            Slice(self.run(one.run), one.documents, one.objective, one.backward, one.place)
+            for one in command.row
+        ]
+        beside = self.run(command.beside) if self.group.sharded else None
+        return compute(slices, self.load, self.group, backward=command.backward, beside=beside)
+
+    def finish(self, command: commands.Finish) -> None:
+        self.run(command.run).finish()
+
+    def abandon(self, command: commands.Abandon) -> None:
+        self.run(command.run).abandon(command.reason)
 
     def optim_step(self, command: commands.OptimStep) -> dict[str, float]:
         return self.run(command.run).step(command.settings, command.divide_by_weight)
 
     def save_state(self, command: commands.SaveState) -> None:
         run = self.run(command.run)
-        state = None if command.weights_only else run.state(cursor=command.cursor)
-        checkpoint.save(command.folder, run.built, state, metadata=command.metadata)
+        state = None if command.weights_only else state_of(run, cursor=command.cursor)
+        weights = checkpoint.weights_of(run.built)
+        checkpoint.save(command.folder, run.built, state, command.metadata, weights)
+
+    def gather(self, command: commands.Gather) -> None:
+        """What `save_state` does on the rank that saves, but for saving."""
+        run = self.run(command.run)
+        if not command.weights_only:
+            state_of(run)
+        if run.sharded:
+            checkpoint.weights_of(run.built)
+
+    def snapshot_of(self, run: Run) -> checkpoint.Snapshot:
+        """A run as it is, in memory; collective where it is sharded."""
+        state = state_of(run)
+        return checkpoint.Snapshot(checkpoint.weights_of(run.built), state)
+
+    def restore(self, command: commands.Restore) -> None:
+        run = self.run(command.run)
+        checkpoint.put_weights(run.built, command.snapshot.weights)
+        restore(run, command.snapshot.state)
+
+    @torch.no_grad()
+    def lend_shards(self, command: commands.Lend) -> None:
+        backbone = self.bases[command.base].backbone
+        rows = backbone.spare()
+        with backbone.adapters_of(rows):
+            backbone.read(rows)
 
     def load_state(self, command: commands.LoadState) -> Any:
         """Returns the cursor that was saved with the state, if the state was asked for."""
@@ -169,7 +236,7 @@ class Executor:
 
         def accept(state: checkpoint.State | None) -> None:
             if command.with_optimizer:
-                run.check(command.folder, state)
+                check(run, command.folder, state)
 
         state = checkpoint.load(
             command.folder, run.built, with_state=command.with_optimizer, accept=accept
@@ -177,7 +244,7 @@ class Executor:
         run.clear()
         if state is None:
             return None
-        run.restore(state)
+        restore(run, state)
         return state.extra.get("cursor")
 
     def sample(self, command: commands.Sample, future: "Future[Any]") -> None:
@@ -242,6 +309,13 @@ class Executor:
                     sampler.step()
                 except Exception as error:  # what nobody foresaw: its requests end, runs go on
                     sampler.fail(error)
+                    if isinstance(error, OutOfStepError):
+                        raise
+
+    def fail_samples(self, error: BaseException) -> None:
+        """End all requests that are under way."""
+        for sampler in self._samplers.values():
+            sampler.fail(error)
 
     def load(self, document: Document, built: Built) -> list[ItemInputs]:
         """Decode and process a document's media."""
@@ -259,6 +333,10 @@ class Executor:
 _HANDLERS: dict[type, Callable[[Executor, Any], Any]] = {
     commands.CreateRun: Executor.create_run,
     commands.DropRun: Executor.drop_run,
+    commands.Begin: Executor.begin,
+    commands.Compute: Executor.compute,
+    commands.Finish: Executor.finish,
+    commands.Abandon: Executor.abandon,
     commands.OptimStep: Executor.optim_step,
     commands.SaveState: Executor.save_state,
     commands.LoadState: Executor.load_state,
@@ -266,4 +344,8 @@ _HANDLERS: dict[type, Callable[[Executor, Any], Any]] = {
     commands.CreateView: Executor.create_view,
     commands.DropView: Executor.drop_view,
     commands.CancelSample: Executor.cancel_sample,
+    commands.Gather: Executor.gather,
+    commands.Restore: Executor.restore,
+    commands.Lend: Executor.lend_shards,
+    commands.Forget: Executor.forget,
 }

@@ -2,56 +2,79 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from plait.errors import ModelError
+from plait.errors import ConfigError, ModelError
 from plait.trainer.build import Built
-from plait.trainer.checkpoint import State, capture, check_state
+from plait.trainer.engine.dropouts import adapter_dropouts, draws
 from plait.trainer.model import Sums
 from plait.trainer.optimiser import (
-    ADAM_W,
+    ELEMENTWISE,
     StepSettings,
     make_optimizer,
     prepare_step,
     refuse_untrained,
 )
+from plait.trainer.ranks.group import ALONE, Group
+from plait.trainer.ranks.reducing import norm, summed, summed_number
+from plait.trainer.ranks.sharding import is_sharded, local, local_parameter
 
 
 class Run:
-    """The training state of one run. Nothing of it is any other run's.
+    """The training state of one run, on one rank. Nothing of it is any other run's.
 
     Gradients of a `forward_backward` grow in the parameters' `grad` and are added to `gradients`
-    when all of it is computed: one that fails adds nothing.
+    when all of it is computed: one that fails adds nothing. Each rank has those of the documents
+    that it computed; a step, and a saved state, sums them.
+
+    Args:
+        group: The ranks that train it together.
     """
 
-    def __init__(self, name: str, built: Built) -> None:
-        self.name, self.built, self.model = name, built, built.model
+    def __init__(self, name: str, built: Built, group: Group = ALONE) -> None:
+        self.name, self.built, self.model, self.group = name, built, built.model, group
         self.trainable = list(built.model.trainable())
         """(part, name, parameter), in a stable order."""
+
+        self.stepped = [(part, one, local_parameter(p)) for part, one, p in self.trainable]
+        """The same, as the optimiser sees them: of a sharded parameter this rank's part."""
 
         self.gradients: list[Tensor | None] = [None] * len(self.trainable)
         self.pending_weight = 0.0
         self.steps = 0
-        self.random = torch.Generator().manual_seed(built.seed).get_state()
-        """Of dropout."""
+        self.passes = 0
+        """Training passes begun, which dropout draws from: equal on all ranks."""
 
         self.optimizer: torch.optim.Optimizer | None = None
         self.failure: str | None = None
         """What went wrong in a forward_backward since the last step."""
 
-        self._weight, self._random_before = 0.0, self.random
-        self._dropouts = _adapter_dropouts(built)
-        self.draws = bool(self._dropouts) or _draws(built)
+        self._weight = 0.0
+        self._dropouts = adapter_dropouts(built)
+        self.draws = bool(self._dropouts) or draws(built)
         """Whether training draws random numbers, which then must be this run's alone."""
 
+    @property
+    def sharded(self) -> bool:
+        """Whether some of what trains is cut into shards."""
+        return any(is_sharded(parameter) for *_, parameter in self.trainable)
+
     def optimizer_for(self, settings: StepSettings) -> torch.optim.Optimizer:
-        """The run's optimiser, made with its first step, which says of which kind it is."""
+        """The run's optimiser, made with its first step, which says of which kind it is.
+
+        Raises:
+            ConfigError: it cannot step on shards, and there are some.
+        """
+        if settings.optimizer not in ELEMENTWISE and self.sharded:
+            raise ConfigError(
+                f"optimizer {settings.optimizer!r} needs whole weights, which strategy 'fsdp' cuts "
+                f"into shards; use one of {', '.join(ELEMENTWISE)}"
+            )
         if self.optimizer is None:
-            self.optimizer = make_optimizer(self.trainable, settings.optimizer, settings.arguments)
+            self.optimizer = make_optimizer(self.stepped, settings.optimizer, settings.arguments)
         return self.optimizer
 
     @property
@@ -67,15 +90,28 @@ class Run:
         for module in self._dropouts:
             module.training = mode
 
+    def dropout_seed(self, place: Sequence[int]) -> int:
+        """What one micro-batch's dropout is drawn from, on whichever rank it is computed.
+
+        Args:
+            place: Where the micro-batch stands in its pass.
+        """
+        sequence = np.random.SeedSequence([self.built.seed, self.passes, *place])
+        return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
     def begin(self) -> None:
         """Before the first micro-batch of a forward_backward."""
-        self._weight, self._random_before = 0.0, self.random
-        self.give([None] * len(self.trainable))
+        self._weight = 0.0
+        self.passes += 1
+        self._empty()
 
     def give(self, gradients: Sequence[Tensor | None]) -> None:
         """Put gradients where torch keeps them."""
         for (*_, parameter), gradient in zip(self.trainable, gradients, strict=True):
             parameter.grad = gradient
+
+    def _empty(self) -> None:
+        self.give([None] * len(self.trainable))
 
     def add(self, sums: Sums) -> None:
         """Count a micro-batch whose backward pass is done."""
@@ -91,14 +127,15 @@ class Run:
                 self.gradients[number] = new if before is None else before.add_(new)
         self.pending_weight += self._weight
 
-    def abandon(self, error: BaseException) -> None:
+    def abandon(self, reason: str) -> None:
         """Where a forward_backward failed: nothing of it stays."""
-        self.random = self._random_before
-        self.begin()
-        self.failure = str(error)
+        self._weight = 0.0
+        self.passes -= 1
+        self._empty()
+        self.failure = reason
 
     def step(self, settings: StepSettings, divide_by_weight: bool) -> dict[str, float]:
-        """One optimiser step on the gradients added since the last.
+        """One optimiser step on the gradients added since the last, on all ranks; collective.
 
         Raises:
             ModelError: a forward_backward since the last step failed, there are no gradients, or
@@ -112,92 +149,64 @@ class Run:
                 f"{failure} (the gradients of the others are kept: optim_step again steps on "
                 "them)"
             )
-        if all(gradient is None for gradient in self.gradients):
-            raise ModelError(
-                "optim_step needs gradients and there are none; call forward_backward before it"
-            )
-        divide_by = self.pending_weight if divide_by_weight else 1.0
-        if divide_by == 0:
-            raise ModelError("divide_by_weight needs weights above 0; all weights were 0")
-        with self._lent_gradients():
-            if self.steps == 0:
-                refuse_untrained(self.trainable)
-            optimizer = self.optimizer_for(settings)
-            metrics = prepare_step(self.trainable, optimizer, settings, divide_by)
-            optimizer.step()
+        gradients = self.sum_over_ranks()
+        metrics = self._step(gradients, settings, divide_by_weight)
         self.clear()
         self.steps += 1
         return {"grad_norm:mean": metrics["grad_norm"]}
 
+    def _step(
+        self, gradients: Sequence[Tensor | None], settings: StepSettings, divide_by_weight: bool
+    ) -> dict[str, float]:
+        there = [gradient for gradient in gradients if gradient is not None]
+        if not there:
+            raise ModelError(
+                "optim_step needs gradients and there are none; call forward_backward before it"
+            )
+        divide_by = summed_number(self.pending_weight, self.group) if divide_by_weight else 1.0
+        if divide_by == 0:
+            raise ModelError("divide_by_weight needs weights above 0; all weights were 0")
+        total = norm(there, self.group)
+        with self._lent(gradients):
+            if self.steps == 0:
+                refuse_untrained(self.stepped)
+            optimizer = self.optimizer_for(settings)
+            metrics = prepare_step(self.stepped, optimizer, settings, divide_by, total)
+            optimizer.step()
+        return metrics
+
+    def sum_over_ranks(self) -> list[Tensor | None]:
+        """All ranks' gradients together; rank 0 keeps them as its own, and the others none, so
+        that they may be summed again. Collective."""
+        parameters = [parameter for *_, parameter in self.trainable]
+        gradients = summed(self.gradients, parameters, self.group)
+        self.pending_weight = summed_number(self.pending_weight, self.group)
+        keeps = self.group.rank == 0
+        self.pending_weight *= keeps
+        self.gradients = [
+            gradient if keeps or is_sharded(parameter) else None
+            for gradient, parameter in zip(gradients, parameters, strict=True)
+        ]
+        return gradients
+
     @contextmanager
-    def _lent_gradients(self) -> Iterator[None]:
+    def _lent(self, gradients: Sequence[Tensor | None]) -> Iterator[None]:
         """The optimiser reads them where torch keeps gradients."""
-        self.give(self.gradients)
+        for (*_, parameter), gradient in zip(self.stepped, gradients, strict=True):
+            parameter.grad = None if gradient is None else local(gradient)
         try:
             yield
         finally:
-            self.give([None] * len(self.trainable))
+            for *_, parameter in self.stepped:
+                parameter.grad = None
 
     def clear(self) -> None:
         """Forget pending gradients."""
         self.gradients = [None] * len(self.trainable)
         self.pending_weight = 0.0
 
-    def state(self, **extra: Any) -> State:
-        """All that it needs besides weights to go on exactly, and what the caller keeps."""
-        state = capture(self.optimizer, self.steps, self.random, **extra)
-        state.pending_weight = self.pending_weight
-        state.gradients = {
-            name: gradient
-            for (_, name, _), gradient in zip(self.trainable, self.gradients, strict=True)
-            if gradient is not None
-        }
-        return state
-
-    def check(self, folder: Path, state: State | None) -> None:
-        """Refuse a state that cannot be put into this run.
-
-        Raises:
-            CheckpointError: there is none, or it is of other parts.
-        """
-        kind = ADAM_W if state is None else state.kind
-        check_state(folder, state, make_optimizer(self.trainable, kind))
-
-    def restore(self, state: State) -> None:
-        """Go on from a state that `check` has passed."""
-        self.steps, self.random = state.step, state.random
-        self.pending_weight, self.failure = state.pending_weight, None
-        self.gradients = [
-            state.gradients[name].to(parameter.device) if name in state.gradients else None
-            for _, name, parameter in self.trainable
-        ]
-        self.optimizer = None
-        if state.optimizer["param_groups"]:
-            self.optimizer = make_optimizer(self.trainable, state.kind)
-            self.optimizer.load_state_dict(state.optimizer)
-
-
-def _dropouts(module: nn.Module) -> Iterator[nn.Module]:
-    for one in module.modules():
-        if isinstance(one, nn.modules.dropout._DropoutNd) and one.p > 0:
-            yield one
-
-
-def _adapter_dropouts(built: Built) -> list[nn.Module]:
-    """Of this run's adapter, among all that the language model has."""
-    mine = f".lora_dropout.{built.model.adapter}"
-    named = built.model.language.named_modules()
-    return [one for name, module in named if name.endswith(mine) for one in _dropouts(module)]
-
-
-def _draws(built: Built) -> bool:
-    """Whether anything of this run that may be in training mode has dropout."""
-    shared = built.model.backbone.own_modules
-    if any(isinstance(one, nn.modules.dropout._DropoutNd) and one.p > 0 for one in shared):
-        return True
-    for name in built.model.encoders:
-        encoder = built.model.media_encoder(name)
-        parts = [encoder.projector, *([encoder.encoder] if encoder.trainable else [])]
-        if any(True for part in parts for _ in _dropouts(part)):
-            return True
-    return False
+    def lose(self, reason: str) -> None:
+        """Forget pending gradients, of which a part is gone; the next step says why."""
+        if any(gradient is not None for gradient in self.gradients):
+            self.failure = reason
+        self.clear()

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from plait.trainer.engine.commands import Command, DocumentResult, ForwardBackward
 
@@ -15,8 +15,12 @@ class Queued:
 
     command: Command
     future: "Future[Any]"
-    next_batch: int = 0
+    taken: int = 0
+    """Micro-batches that some rank computes, or has computed."""
+
+    computed: int = 0
     results: list[DocumentResult | None] = field(default_factory=list)
+    error: Exception | None = None
 
     @property
     def owner(self) -> str:
@@ -24,10 +28,17 @@ class Queued:
         return str(getattr(self.command, "run", None) or getattr(self.command, "view", ""))
 
     @property
+    def waits(self) -> bool:
+        """Whether some of its micro-batches are nobody's yet."""
+        return isinstance(self.command, ForwardBackward) and (
+            self.taken < len(self.command.micro_batches)
+        )
+
+    @property
     def batch(self) -> list[int]:
         """Indices of the documents that are next."""
         assert isinstance(self.command, ForwardBackward)
-        return self.command.micro_batches[self.next_batch]
+        return self.command.micro_batches[self.taken]
 
     @property
     def positions(self) -> int:
@@ -35,9 +46,28 @@ class Queued:
         assert isinstance(self.command, ForwardBackward)
         return sum(self.command.documents[i].length for i in self.batch)
 
+    @property
+    def whole(self) -> bool:
+        """Whether nothing of it is left to compute."""
+        assert isinstance(self.command, ForwardBackward)
+        return self.computed == len(self.command.micro_batches)
 
-Together = Callable[[str], Hashable | None]
-"""What a run's micro-batches may share a row with: all that answers the same. None is nobody."""
+
+class Taken(NamedTuple):
+    """A micro-batch that is to be computed now."""
+
+    queued: Queued
+    number: int
+
+
+class Kind(NamedTuple):
+    """What a run's micro-batches may share."""
+
+    model: Hashable
+    """Ranks that read together read rows of one model."""
+
+    row: Hashable | None
+    """A row holds runs of one kind; None is a row of its own."""
 
 
 class Scheduler:
@@ -50,11 +80,21 @@ class Scheduler:
     Args:
         capacity: Positions of a row at most.
         max_documents: Documents of a row at most; None is no limit.
+        kind_of: Tells a run's kind.
+        rows: How many are computed at the same time.
+        one_model: Whether all of these rows must be read by one model.
     """
 
-    def __init__(self, capacity: int, max_documents: int | None, together: Together) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        max_documents: int | None,
+        kind_of: Callable[[str], Kind],
+        rows: int = 1,
+        one_model: bool = False,
+    ) -> None:
         self.capacity, self.max_documents = capacity, max_documents
-        self._together = together
+        self._kind_of, self._rows, self._one_model = kind_of, rows, one_model
         self._queues: dict[str, deque[Queued]] = {}
         self._served: dict[str, int] = {}
 
@@ -68,32 +108,56 @@ class Scheduler:
             self._served[owner] = min(self._served.values(), default=0)
         self._queues[owner].append(queued)
 
-    def next(self) -> list[Queued]:
-        """What to do next: one command, or the next micro-batches of several.
+    def next(self) -> Queued | list[list[Taken]]:
+        """What to do next: one command, or rows of micro-batches to compute at the same time.
 
-        They stay queued until `done`.
+        Commands stay queued until `done`.
         """
-        order = sorted(self._queues, key=lambda owner: self._served[owner])
-        for owner in order:  # quick ones first: they wait for nothing and hold nobody up
+        for owner in self._order():  # quick ones first: they wait for nothing and hold nobody up
             if not isinstance(self._queues[owner][0].command, ForwardBackward):
-                return [self._queues[owner][0]]
-        first = self._queues[order[0]][0]
-        row, positions, documents = [first], first.positions, len(first.batch)
-        kind = self._together(first.owner)
-        for owner in order[1:] if kind is not None else ():
+                return self._queues[owner][0]
+        rows = [self._row(None)]
+        model = self._kind_of(rows[0][0].queued.owner).model if self._one_model else None
+        while len(rows) < self._rows and (row := self._row(model)):
+            rows.append(row)
+        return rows
+
+    def _order(self) -> list[str]:
+        return sorted(self._queues, key=lambda owner: self._served[owner])
+
+    def _row(self, model: Hashable | None) -> list[Taken]:
+        """The next row, of runs of `model` if it is given; empty where nothing waits."""
+        waiting = [owner for owner in self._order() if self._queues[owner][0].waits]
+        if model is not None:
+            waiting = [owner for owner in waiting if self._kind_of(owner).model == model]
+        if not waiting:
+            return []
+        kind = self._kind_of(waiting[0])
+        row: list[Taken] = []
+        positions = documents = 0
+        for owner in waiting if kind.row is not None else waiting[:1]:
             more = self._queues[owner][0]
-            if self._together(owner) != kind:
+            if self._kind_of(owner) != kind:
                 continue
             positions += more.positions
             documents += len(more.batch)
-            if positions > self.capacity or documents > (self.max_documents or documents):
+            over = positions > self.capacity or documents > (self.max_documents or documents)
+            if over and row:
                 positions -= more.positions
                 documents -= len(more.batch)
                 continue
-            row.append(more)
-        for queued in row:
-            self._served[queued.owner] += queued.positions
+            row.append(self._take(more))
         return row
+
+    def _take(self, queued: Queued) -> Taken:
+        self._served[queued.owner] += queued.positions
+        taken = Taken(queued, queued.taken)
+        queued.taken += 1
+        return taken
+
+    def under_way(self) -> list[Queued]:
+        """Commands of which a part is computed."""
+        return [queue[0] for queue in self._queues.values() if queue[0].taken]
 
     def done(self, queued: Queued) -> None:
         """A command has ended, one way or the other."""

@@ -1,0 +1,320 @@
+"""All ranks as one: rank 0's executor in this process, those of the others in theirs.
+
+Every rank does the same commands in the same order. What only samples is rank 0's alone: where
+its language model is sharded, the others lend their shards for each row that it reads. A rank that
+dies is started again, with all others, from what rank 0 has.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import fields
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+
+from plait.errors import ModelError, RankDiedError
+from plait.trainer.build import Built
+from plait.trainer.checkpoint import Snapshot, put_weights, weights_of
+from plait.trainer.engine import commands
+from plait.trainer.engine.commands import Command, MicroBatch
+from plait.trainer.engine.executor import Executor, View
+from plait.trainer.engine.retrying import Outcome, Result, compute_rows, is_out_of_memory
+from plait.trainer.engine.runs import Run
+from plait.trainer.ranks.children import Child, Start, threads_each
+from plait.trainer.ranks.group import ALONE, Group, OutOfStepError, Ranks, Seat
+from plait.trainer.ranks.sharding import shard_layers
+
+_ONE_RANK = (commands.CreateView, commands.TakeView, commands.DropView, commands.CancelSample)
+"""Commands that other ranks need not do, or do in part."""
+
+
+class Team:
+    """Rank 0's executor, and what keeps the other ranks beside it.
+
+    Args:
+        devices: Ranks, each with a device of its own; on a CPU each is a process.
+        strategy: One of `plait.trainer.ranks.group.STRATEGIES`.
+        sampler_bytes: Memory for the keys and values of what is sampled, on each language model.
+
+    Raises:
+        ConfigError: torch.distributed is in use already.
+        RankDiedError: a rank cannot be started.
+    """
+
+    def __init__(self, devices: int, strategy: str, sampler_bytes: int) -> None:
+        self.devices, self.strategy, self._sampler_bytes = devices, strategy, sampler_bytes
+        self._children: list[Child] = []
+        self._mirrors: dict[str, Snapshot] = {}
+        """Runs with shards as their last step left them, which no rank has whole."""
+
+        self._together = False
+        """Whether the other ranks do what rank 0 does."""
+
+        self.executor = self._new_executor(self._start() if devices > 1 else ALONE)
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes of ranks 1 and up."""
+        return [child.pid for child in self._children]
+
+    def execute(self, command: Command) -> Any:
+        """Do a command on all ranks that it concerns; its result, or error, is rank 0's.
+
+        Raises:
+            RankDiedError: a rank ended, and the command was not done; all ranks are as before it.
+        """
+        if isinstance(command, commands.LoadState):
+            return self._load(command)
+        told = self._told(command)
+        return self._all(told, lambda: self.executor.execute(command))
+
+    def _told(self, command: Command) -> Command | None:
+        """What the other ranks do at a command."""
+        if isinstance(command, commands.SaveState):
+            return commands.Gather(command.run, command.weights_only)
+        if isinstance(command, commands.TakeView):
+            run = self.executor.runs.get(command.run)
+            return commands.Gather(command.run, True) if run is not None and run.sharded else None
+        if isinstance(command, commands.CreateView) and self.executor.group.sharded:
+            return commands.CreateView(command.view, command.spec, None, command.limits)
+        return None if isinstance(command, _ONE_RANK) else command
+
+    def _all(self, told: Command | None, mine: Callable[[], Any]) -> Any:
+        """Do `mine` here while the other ranks do `told`."""
+        if not self._children or told is None:
+            return self._alone(mine)
+        self._tell_freed()
+        for child in self._children:
+            child.send(told)
+        result, error = None, None
+        self._together = True
+        try:
+            result = mine()
+        except Exception as one:
+            error = one
+        finally:
+            self._together = False
+        if isinstance(told, commands.UNANSWERED):
+            return self._settled(result, error, [])
+        theirs = [self._failure_of(child, waits=error is None) for child in self._children]
+        result = self._settled(result, error, theirs)
+        self._mirror(told)
+        return result
+
+    def _alone(self, mine: Callable[[], Any]) -> Any:
+        try:
+            return mine()
+        except OutOfStepError as error:
+            self._restart(str(error))
+            raise
+
+    def _failure_of(self, child: Child, waits: bool) -> Exception | None:
+        try:
+            child.answer(waits=waits)
+        except Exception as error:
+            return error
+        return None
+
+    def _settled(
+        self, result: Any, error: Exception | None, theirs: Sequence[Exception | None]
+    ) -> Any:
+        """Rank 0's result or error; ranks that do not agree with it are started again."""
+        agreed = all(type(one) is type(error) for one in theirs)
+        if not agreed or isinstance(error, OutOfStepError):
+            died = next((one for one in theirs if isinstance(one, RankDiedError)), None)
+            why = died or next((one for one in theirs if one is not None), error)
+            self._restart(str(why))
+            if error is not None and died is not None:
+                raise RankDiedError(
+                    f"{died}; nothing of this command counts. The ranks are started again, and "
+                    "the run goes on from its last step"
+                ) from error
+        if error is not None:
+            raise error
+        return result
+
+    def _load(self, command: commands.LoadState) -> Any:
+        """Rank 0 reads and checks the files; the others take what it has then."""
+        result = self._alone(lambda: self.executor.execute(command))
+        if self._children:
+            snapshot = self._local_snapshot(self.executor.run(command.run))
+            self._all(commands.Restore(command.run, snapshot), lambda: None)
+        return result
+
+    def compute(self, rows: Sequence[Sequence[MicroBatch]]) -> list[list[Result]]:
+        """The micro-batches of at most one row for each rank; what fails is tried in pieces."""
+        return compute_rows(rows, self._attempt, in_step=self.executor.group.sharded)
+
+    def _attempt(self, rows: Sequence[Sequence[MicroBatch]]) -> list[Outcome]:
+        """One row on each rank, an empty one where there are fewer."""
+        backward = any(one.backward for row in rows for one in row)
+        beside = rows[0][0].run
+        filled = [*rows, *([()] * (self.devices - len(rows)))]
+        mine, *theirs = [commands.Compute(row, beside, backward) for row in filled]
+        active = self._children if self.executor.group.sharded else self._children[: len(rows) - 1]
+        self._tell_freed()
+        try:
+            for child, command in zip(active, theirs, strict=False):
+                child.send(command)
+        except ModelError as error:
+            return [error for _ in rows]
+        outcomes = [self._here(mine), *(_outcome(child) for child in active)]
+        lost = next(
+            (one for one in outcomes if isinstance(one, RankDiedError | OutOfStepError)), None
+        )
+        if lost is None:
+            return outcomes[: len(rows)]
+        self._restart(str(lost))
+        raise RankDiedError(
+            f"{lost}; the forward_backward calls under way do not count. The ranks are started "
+            "again, and runs go on from their last step"
+        )
+
+    def _here(self, command: commands.Compute) -> Outcome:
+        self._together = True
+        try:
+            return self.executor.compute(command)
+        except Exception as error:
+            if is_out_of_memory(error):
+                error.__traceback__ = None  # its frames hold the memory that is short
+            return error
+        finally:
+            self._together = False
+
+    def sample(self, command: commands.Sample, future: "Future[Any]") -> None:
+        self.executor.sample(command, future)
+
+    def sample_step(self) -> None:
+        try:
+            self.executor.sample_step()
+        except OutOfStepError as error:  # the requests have been told
+            self._restart(str(error))
+
+    def close(self) -> None:
+        """End the other ranks; idempotent."""
+        for child in self._children:
+            child.end()
+        self._children = []
+        self.executor.group.close()
+
+    def _tell_freed(self) -> None:
+        freed, self.executor.forgotten = self.executor.forgotten, []
+        if freed:
+            for child in self._children:
+                child.send(commands.Forget(freed))
+
+    def _lend(self, base: commands.BaseKey) -> None:
+        if not self._together:
+            self._tell_freed()
+            for child in self._children:
+                child.send(commands.Lend(base))
+
+    def _mirror(self, told: Command) -> None:
+        """Keep what one dead rank would take with it."""
+        if isinstance(told, commands.DropRun):
+            self._mirrors.pop(told.run, None)
+        if not isinstance(told, commands.CreateRun | commands.OptimStep | commands.Restore):
+            return
+        run = self.executor.run(told.run)
+        if run.sharded:
+            gather = commands.Gather(run.name)
+            self._mirrors[run.name] = self._all(gather, lambda: self.executor.snapshot_of(run))
+
+    def _start(self) -> Group:
+        port = find_free_network_port()
+        threads = threads_each(self.devices)
+        accelerator = "auto" if torch.cuda.device_count() >= self.devices else "cpu"
+        seats = [
+            Seat(rank, self.devices, port, self.strategy, accelerator)
+            for rank in range(self.devices)
+        ]
+        self._children = [Child(Start(seat, threads, self._sampler_bytes)) for seat in seats[1:]]
+        try:
+            for child in self._children:
+                child.ready()
+            return Ranks(seats[0], shard_layers)
+        except BaseException:
+            self._end_children()
+            raise
+
+    def _end_children(self) -> None:
+        for child in self._children:
+            child.kill()
+        self._children = []
+
+    def _new_executor(self, group: Group) -> Executor:
+        executor = Executor(self._sampler_bytes, group)
+        executor.lend = self._lend
+        return executor
+
+    def _restart(self, why: str) -> None:
+        """New processes, with every run as rank 0 has it: as its last step left it."""
+        self._end_children()
+        old = self.executor
+        old.group.close()
+        for run in old.runs.values():
+            run.lose(f"its gradients went with a rank: {why}")
+        kept = {name: self._local_snapshot(run) for name, run in old.runs.items()}
+        group = self._start()
+        if group.sharded:
+            old.fail_samples(RankDiedError(f"{why}; sample again"))
+            self.executor = self._new_executor(group)
+        else:
+            old.group = group
+        for name, run in old.runs.items():
+            self._recreate(name, run, kept[name])
+        if group.sharded:
+            for name, view in old.views.items():
+                self._recreate_view(name, view)
+
+    def _local_snapshot(self, run: Run) -> Snapshot:
+        """A run as this rank has it, without asking the others."""
+        if run.sharded:
+            return self._mirrors[run.name]
+        group, run.group = run.group, ALONE
+        try:
+            return self.executor.snapshot_of(run)
+        finally:
+            run.group = group
+
+    def _recreate(self, name: str, run: Run, snapshot: Snapshot) -> None:
+        """One run on new processes; on this one too where its shards were lost."""
+        built = run.built
+        create = commands.CreateRun(name, built.spec, built.seed, built.limits)
+        restore = commands.Restore(name, snapshot)
+        executor = self.executor
+        if not executor.group.sharded:
+            run.group = executor.group
+            self._all(create, lambda: None)
+            self._all(restore, lambda: None)
+            return
+        self._all(create, lambda: _adopt(built, executor.execute(create)))
+        executor.runs[name].built = built
+        executor.runs[name].failure = run.failure
+        self._all(restore, lambda: executor.execute(restore))
+
+    def _recreate_view(self, name: str, view: View) -> None:
+        executor = self.executor
+        if not view.built.model.backbone.sharded:
+            executor.views[name] = view
+            return
+        weights = weights_of(view.built)
+        create = commands.CreateView(name, view.built.spec, None, view.built.limits)
+        self._all(create, lambda: _adopt(view.built, executor.execute(create)))
+        executor.views[name] = View(view.built)
+        put_weights(view.built, weights)
+
+
+def _outcome(child: Child) -> Outcome:
+    try:
+        found: Outcome = child.answer()
+        return found
+    except Exception as error:
+        return error
+
+
+def _adopt(built: Built, fresh: Built) -> None:
+    """Let everybody who holds `built` have what `fresh` has."""
+    for field in fields(Built):
+        setattr(built, field.name, getattr(fresh, field.name))

@@ -1,0 +1,137 @@
+"""The processes of the ranks above 0: started, spoken to, ended."""
+
+import contextlib
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from plait.errors import ModelError, RankDiedError
+from plait.trainer.ranks.group import Seat
+
+_PATIENCE = 60.0
+"""Seconds for an answer when this rank has failed already, and the other may wait for it."""
+
+
+UNREADABLE = (AttributeError, TypeError, ImportError, pickle.PickleError)
+"""What pickle raises for an object that only one process knows."""
+
+
+def unreadable(error: Exception) -> ModelError:
+    return ModelError(
+        f"with several devices a command must be read in other processes, and {error}: define "
+        "losses of your own in a module that can be imported, or use forward_backward_custom"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The first thing that a child is told."""
+
+    seat: Seat
+    threads: int
+    """Of torch, in the child."""
+
+    sampler_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a child says to a command: its result, or the error it raised."""
+
+    result: Any = None
+    error: Exception | None = None
+
+
+class Child:
+    """One rank's process. It ends when this end of its connection closes, whatever closes it."""
+
+    def __init__(self, start: Start) -> None:
+        self.rank = start.seat.rank
+        mine, its = socket.socketpair()
+        environment = {**os.environ, "OMP_NUM_THREADS": str(start.threads)}
+        command = [sys.executable, "-P", "-m", "plait.trainer.ranks.worker", str(its.fileno())]
+        with its:
+            self._process = subprocess.Popen(
+                command, pass_fds=[its.fileno()], env=environment, stdin=subprocess.DEVNULL
+            )
+        self._connection = Connection(mine.detach())
+        self.send(start)
+
+    def ready(self) -> None:
+        """Wait until it has started, and is about to join the group.
+
+        Raises:
+            RankDiedError: it has not come so far.
+        """
+        self.answer()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, command: Any) -> None:
+        """Tell it to do something; a child that is dead says so when it is asked for its answer.
+
+        Raises:
+            ModelError: the command cannot be sent to another process.
+        """
+        try:
+            self._connection.send(command)
+        except UNREADABLE as error:
+            raise unreadable(error) from error
+        except OSError:
+            return
+
+    def answer(self, *, waits: bool = True) -> Any:
+        """What its command returned.
+
+        Args:
+            waits: For as long as it takes; else for a while.
+
+        Raises:
+            RankDiedError: it has ended, or has not answered.
+        """
+        try:
+            if not waits and not self._connection.poll(_PATIENCE):
+                raise RankDiedError(
+                    f"rank {self.rank} has not answered for {_PATIENCE:.0f} seconds"
+                )
+            answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            code = self._code()
+            raise RankDiedError(f"rank {self.rank} ended with exit code {code}") from error
+        assert isinstance(answer, Answer)
+        if answer.error is not None:
+            raise answer.error
+        return answer.result
+
+    def _code(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout=5)
+        return None
+
+    def end(self) -> None:
+        """Close the connection and wait until it is gone; idempotent."""
+        self._connection.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """End it at once; idempotent."""
+        self._process.kill()
+        self._process.wait()
+        self._connection.close()
+
+
+def threads_each(size: int) -> int:
+    """Of torch on each rank, so that all together have as many as this process."""
+    return max(1, torch.get_num_threads() // size)
