@@ -73,7 +73,8 @@ class Snapshot:
     """A run as a checkpoint has it, in memory."""
 
     weights: Weights
-    state: State
+    state: State | None
+    """None where only the weights are wanted."""
 
 
 def weights_of(built: Built) -> Weights:
@@ -134,8 +135,20 @@ def load(
         accept: Is given the state before anything is copied; what it raises refuses the checkpoint.
 
     Raises:
+        DamagedCheckpointError, CheckpointError: as `read`. Nothing was changed.
+    """
+    snapshot = read(folder, built, with_state=with_state)
+    accept(snapshot.state)
+    put_weights(built, snapshot.weights)
+    return snapshot.state
+
+
+def read(folder: Path, built: Built, *, with_state: bool = True) -> Snapshot:
+    """A checkpoint that fits a model, which is left as it is.
+
+    Raises:
         DamagedCheckpointError: a file is missing or damaged.
-        CheckpointError: the checkpoint is of another model. In both cases nothing was changed.
+        CheckpointError: the checkpoint is of another model.
     """
     manifest = verify(folder)
     _check_fits(folder, manifest, built)
@@ -151,13 +164,10 @@ def load(
             f"checkpoint {folder} cannot be read: {error}; use another one"
         ) from error
     _check_present(folder, built, tensors)
-    pairs = [(target, tensors[name], what) for name, (target, what) in _weight_files(built).items()]
-    for mine, saved, what in pairs:
-        check_exactly(mine, saved, what)
-    accept(state)
-    for mine, saved, _ in pairs:
-        copy(mine, saved)
-    return state
+    files = _weight_files(built)
+    for name, (mine, what) in files.items():
+        check_exactly(mine, tensors[name], what)
+    return Snapshot({name: tensors[name] for name in files}, state)
 
 
 def verify(folder: Path) -> dict[str, Any]:

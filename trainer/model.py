@@ -172,7 +172,7 @@ class PlaitModel(nn.Module):
         read = learned[index].to(self.device)
         targets = stream.targets[index].to(self.device)
         states = hidden[index.to(self.device)]
-        if objective.loss is LEARN.loss:
+        if objective.loss.function is LEARN.loss.function:
             loss, losses, logprobs = self._weighted_nll(stream, index, states, targets)
             metrics: dict[str, Tensor] = {}
         else:

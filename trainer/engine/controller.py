@@ -25,6 +25,7 @@ from plait.trainer.engine.retrying import Result
 from plait.trainer.engine.scheduler import Kind, Queued, Scheduler, Taken
 from plait.trainer.engine.team import Team
 from plait.trainer.model import LEARN, Objective
+from plait.trainer.ranks.children import check_readable
 from plait.trainer.ranks.group import STRATEGIES
 from plait.trainer.spec import ModelSpec
 
@@ -130,8 +131,11 @@ class Engine:
 
         Raises:
             DataError: a document is longer than a micro-batch.
+            ModelError: several ranks need a loss that can be imported, and it cannot.
         """
         settings = self.settings
+        if settings.devices > 1:
+            check_readable(objective.loss.function)
         batches = plan(documents, settings.capacity, settings.max_documents, ranks=settings.devices)
         return self.submit(ForwardBackward(run, list(documents), batches, objective, backward))
 

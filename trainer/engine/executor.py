@@ -221,7 +221,9 @@ class Executor:
     def restore(self, command: commands.Restore) -> None:
         run = self.run(command.run)
         checkpoint.put_weights(run.built, command.snapshot.weights)
-        restore(run, command.snapshot.state)
+        run.clear()
+        if command.snapshot.state is not None:
+            restore(run, command.snapshot.state)
 
     @torch.no_grad()
     def lend_shards(self, command: commands.Lend) -> None:
@@ -230,22 +232,13 @@ class Executor:
         with backbone.adapters_of(rows):
             backbone.read(rows)
 
-    def load_state(self, command: commands.LoadState) -> Any:
-        """Returns the cursor that was saved with the state, if the state was asked for."""
+    def read_state(self, command: commands.LoadState) -> checkpoint.Snapshot:
+        """What `restore` will put into the run; refused where it does not fit."""
         run = self.run(command.run)
-
-        def accept(state: checkpoint.State | None) -> None:
-            if command.with_optimizer:
-                check(run, command.folder, state)
-
-        state = checkpoint.load(
-            command.folder, run.built, with_state=command.with_optimizer, accept=accept
-        )
-        run.clear()
-        if state is None:
-            return None
-        restore(run, state)
-        return state.extra.get("cursor")
+        snapshot = checkpoint.read(command.folder, run.built, with_state=command.with_optimizer)
+        if command.with_optimizer:
+            check(run, command.folder, snapshot.state)
+        return snapshot
 
     def sample(self, command: commands.Sample, future: "Future[Any]") -> None:
         """Hand a request to the sampler; its future is done in a later step."""
@@ -339,7 +332,6 @@ _HANDLERS: dict[type, Callable[[Executor, Any], Any]] = {
     commands.Abandon: Executor.abandon,
     commands.OptimStep: Executor.optim_step,
     commands.SaveState: Executor.save_state,
-    commands.LoadState: Executor.load_state,
     commands.TakeView: Executor.take_view,
     commands.CreateView: Executor.create_view,
     commands.DropView: Executor.drop_view,

@@ -51,6 +51,10 @@ class Team:
         self._together = False
         """Whether the other ranks do what rank 0 does."""
 
+        self._restarting = False
+        self._end: str | None = None
+        """Why nothing can be computed any more."""
+
         self.executor = self._new_executor(self._start() if devices > 1 else ALONE)
 
     @property
@@ -64,6 +68,7 @@ class Team:
         Raises:
             RankDiedError: a rank ended, and the command was not done; all ranks are as before it.
         """
+        self._require()
         if isinstance(command, commands.LoadState):
             return self._load(command)
         told = self._told(command)
@@ -135,15 +140,22 @@ class Team:
         return result
 
     def _load(self, command: commands.LoadState) -> Any:
-        """Rank 0 reads and checks the files; the others take what it has then."""
-        result = self._alone(lambda: self.executor.execute(command))
-        if self._children:
-            snapshot = self._local_snapshot(self.executor.run(command.run))
-            self._all(commands.Restore(command.run, snapshot), lambda: None)
-        return result
+        """Rank 0 reads and checks the files, and all take what it has read.
+
+        Returns the cursor that was saved with the state, if the state was asked for.
+        """
+        snapshot = self.executor.read_state(command)
+        restore = commands.Restore(command.run, snapshot)
+        self._all(restore, lambda: self.executor.execute(restore))
+        return None if snapshot.state is None else snapshot.state.extra.get("cursor")
 
     def compute(self, rows: Sequence[Sequence[MicroBatch]]) -> list[list[Result]]:
-        """The micro-batches of at most one row for each rank; what fails is tried in pieces."""
+        """The micro-batches of at most one row for each rank; what fails is tried in pieces.
+
+        Raises:
+            RankDiedError: a rank ended; no run has gradients then.
+        """
+        self._require()
         return compute_rows(rows, self._attempt, in_step=self.executor.group.sharded)
 
     def _attempt(self, rows: Sequence[Sequence[MicroBatch]]) -> list[Outcome]:
@@ -183,6 +195,7 @@ class Team:
             self._together = False
 
     def sample(self, command: commands.Sample, future: "Future[Any]") -> None:
+        self._require()
         self.executor.sample(command, future)
 
     def sample_step(self) -> None:
@@ -248,8 +261,32 @@ class Team:
         executor.lend = self._lend
         return executor
 
+    def _require(self) -> None:
+        if self._end is not None:
+            raise RankDiedError(self._end)
+
     def _restart(self, why: str) -> None:
-        """New processes, with every run as rank 0 has it: as its last step left it."""
+        """New processes, with every run as rank 0 has it: as its last step left it.
+
+        Raises:
+            RankDiedError: that does not succeed either; the engine is of no use any more.
+        """
+        if self._restarting:
+            raise RankDiedError(why)
+        self._restarting = True
+        try:
+            self._start_again(why)
+        except Exception as error:
+            self._end_children()
+            self._end = (
+                f"the ranks could not be started again after {why}: {error}; make a new "
+                "ServiceClient and go on from the last saved state"
+            )
+            raise RankDiedError(self._end) from error
+        finally:
+            self._restarting = False
+
+    def _start_again(self, why: str) -> None:
         self._end_children()
         old = self.executor
         old.group.close()

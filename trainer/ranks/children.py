@@ -49,6 +49,29 @@ class Answer:
     error: Exception | None = None
 
 
+def tell(connection: Connection, value: Any) -> None:
+    """By plain pickle: torch's own for processes shares memory, whose owner may be killed."""
+    connection.send_bytes(pickle.dumps(value, protocol=5))
+
+
+def heard(connection: Connection) -> Any:
+    """What the other process told, which is one of this user's own."""
+    return pickle.loads(connection.recv_bytes())
+
+
+def check_readable(function: Any) -> None:
+    """
+    Raises:
+        ModelError: other processes cannot import it.
+    """
+    try:
+        pickle.dumps(function)
+    except UNREADABLE as error:
+        raise unreadable(error) from error
+    if getattr(function, "__module__", None) == "__main__":
+        raise unreadable(ImportError(f"{function.__qualname__} stands in the program itself"))
+
+
 class Child:
     """One rank's process. It ends when this end of its connection closes, whatever closes it."""
 
@@ -83,7 +106,7 @@ class Child:
             ModelError: the command cannot be sent to another process.
         """
         try:
-            self._connection.send(command)
+            tell(self._connection, command)
         except UNREADABLE as error:
             raise unreadable(error) from error
         except OSError:
@@ -103,7 +126,7 @@ class Child:
                 raise RankDiedError(
                     f"rank {self.rank} has not answered for {_PATIENCE:.0f} seconds"
                 )
-            answer = self._connection.recv()
+            answer = heard(self._connection)
         except (EOFError, OSError) as error:
             code = self._code()
             raise RankDiedError(f"rank {self.rank} ended with exit code {code}") from error

@@ -12,6 +12,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.fabric.strategies.strategy import Strategy
+from lightning_utilities.core import rank_zero
 from torch import Tensor
 
 from plait.errors import ConfigError, ModelError
@@ -215,13 +216,15 @@ class _Environment(ClusterEnvironment):  # type: ignore[misc]  # Lightning is un
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Lightning announces every process; users have not asked for any."""
-    logger = logging.getLogger("lightning.fabric")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger("lightning.fabric"), rank_zero.log]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from plait.errors import ModelError, PlaitError
 from plait.trainer.engine.commands import UNANSWERED, Compute
 from plait.trainer.engine.executor import Executor
-from plait.trainer.ranks.children import UNREADABLE, Answer, Start, unreadable
+from plait.trainer.ranks.children import UNREADABLE, Answer, Start, heard, tell, unreadable
 from plait.trainer.ranks.group import OutOfStepError, Ranks, UndoneError
 from plait.trainer.ranks.sharding import shard_layers
 
@@ -25,15 +25,15 @@ def serve(connection: Connection, executor: Executor) -> None:
     """Do and answer until the connection ends."""
     while True:
         try:
-            command = connection.recv()
+            command = heard(connection)
         except (EOFError, OSError):
             return
         except UNREADABLE as error:
-            connection.send(Answer(error=unreadable(error)))
+            tell(connection, Answer(error=unreadable(error)))
             continue
         answer = _answer(executor, command)
         if not isinstance(command, UNANSWERED):
-            connection.send(answer)
+            tell(connection, answer)
 
 
 def _answer(executor: Executor, command: Any) -> Answer:
@@ -66,10 +66,10 @@ def _sendable(error: Exception) -> Exception:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first rank's to answer
     connection = Connection(int(sys.argv[1]))
-    start = connection.recv()
+    start = heard(connection)
     assert isinstance(start, Start)
     torch.set_num_threads(start.threads)
-    connection.send(Answer())
+    tell(connection, Answer())
     group = Ranks(start.seat, shard_layers)
     serve(connection, Executor(start.sampler_bytes, group))
     group.close()

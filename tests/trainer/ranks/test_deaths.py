@@ -1,0 +1,126 @@
+"""A rank that is killed fails what was under way; runs go on from their last step."""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from plait.errors import ModelError, RankDiedError
+from plait.stream import render
+from plait.trainer.engine import commands
+from plait.trainer.engine.controller import Engine, EngineSettings
+from plait.trainer.optimiser import StepSettings
+from plait.trainer.sampling.settings import SamplerSettings
+from tests.trainer.ranks.conftest import Driver, Make, assert_close
+
+MOMENTUM = StepSettings(optimizer="sgd", learning_rate=0.001, options={"momentum": 0.9})
+
+
+def kill(engine: Engine) -> None:
+    [pid] = engine._work.team.pids
+    os.kill(pid, signal.SIGKILL)
+
+
+def stepped(driver: Driver, samples: Any) -> int:
+    """One step, begun again as often as a rank dies in it; how often that was."""
+    for tries in range(20):
+        forward = driver.submit(samples)
+        step = driver.step(MOMENTUM)
+        try:
+            forward.result()
+        except RankDiedError:
+            with pytest.raises(ModelError, match="one failed"):
+                step.result()
+            continue
+        try:
+            step.result()
+            return tries
+        except (RankDiedError, ModelError) as error:
+            assert "rank" in str(error)
+    raise AssertionError("ranks die again and again")
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_run_goes_on_from_its_last_step(
+    pair: Engine, alone: Engine, drive: Make, lab: Any, kind: str
+) -> None:
+    two, one = drive(pair, kind), drive(alone, kind)
+    view = pair.new_name("view")
+    built = pair.submit(commands.TakeView(two.name, view)).result()
+    prompt = render(lab.samples[0], built.tokenizer, built.layout, for_generation=True)
+    sample = commands.Sample(view, prompt, SamplerSettings(max_tokens=6, temperature=0.0))
+    first = pair.submit(sample).result().samples[0].tokens
+    deaths = 0
+    for number in range(4):
+        one.submit(lab.samples)
+        one.step(MOMENTUM).result()
+        if number in (1, 2):
+            kill(pair)
+        deaths += stepped(two, lab.samples)
+    assert deaths == 2
+    assert_close(two.weights(), one.weights(), 1e-5)
+    assert pair.submit(sample).result().samples[0].tokens == first
+    pair.finish(commands.DropView(view))
+
+
+def test_pending_gradients_that_went_with_a_rank_are_told_once(
+    pair: Engine, drive: Make, lab: Any
+) -> None:
+    two = drive(pair)
+    two.submit(lab.samples).result()
+    kill(pair)
+    time.sleep(0.1)
+    other = drive(pair, seed=3)  # whatever comes next finds it dead
+    with pytest.raises(ModelError, match="gradients went with a rank"):
+        two.step().result()
+    with pytest.raises(ModelError, match="there are none"):
+        two.step().result()
+    other.submit(lab.samples).result()
+    other.step().result()
+
+
+@pytest.fixture
+def killer(pair: Engine) -> Iterator[None]:
+    """Kills rank 1 at seeded moments, wherever it is then."""
+    moments, over = random.Random(7), threading.Event()
+
+    def kills() -> None:
+        for _ in range(3):
+            if over.wait(moments.uniform(0.05, 1.0)):
+                return
+            before = pair._work.team.pids
+            if before:
+                kill(pair)
+            while pair._work.team.pids in ([], before) and not over.is_set():
+                time.sleep(0.05)
+
+    thread = threading.Thread(target=kills)
+    thread.start()
+    yield
+    over.set()
+    thread.join()
+
+
+def test_deaths_at_any_moment_lose_no_step(
+    pair: Engine, alone: Engine, drive: Make, lab: Any, killer: None
+) -> None:
+    two, one = drive(pair, "full"), drive(alone, "full")
+    for _ in range(8):
+        one.submit(lab.samples)
+        one.step(MOMENTUM).result()
+        stepped(two, lab.samples)
+    assert two.run.steps == 8
+    assert_close(two.weights(), one.weights(), 1e-5)
+
+
+def test_closing_ends_every_process(loss_module: Any) -> None:
+    engine = Engine(EngineSettings(devices=2))
+    [pid] = engine._work.team.pids
+    engine.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
