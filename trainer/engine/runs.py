@@ -134,13 +134,11 @@ class Run:
         self._empty()
         self.failure = reason
 
-    def step(self, settings: StepSettings, divide_by_weight: bool) -> dict[str, float]:
-        """One optimiser step on the gradients added since the last, on all ranks; collective.
+    def refuse_failed(self) -> None:
+        """To be asked before a step, on the one rank that knows what failed.
 
         Raises:
-            ModelError: a forward_backward since the last step failed, there are no gradients, or
-                some are not finite. Nothing has been changed, except that the failure is told
-                once.
+            ModelError: a forward_backward since the last step failed; it is told once.
         """
         if self.failure is not None:
             failure, self.failure = self.failure, None
@@ -149,6 +147,13 @@ class Run:
                 f"{failure} (the gradients of the others are kept: optim_step again steps on "
                 "them)"
             )
+
+    def step(self, settings: StepSettings, divide_by_weight: bool) -> dict[str, float]:
+        """One optimiser step on the gradients added since the last, on all ranks; collective.
+
+        Raises:
+            ModelError: there are no gradients, or some are not finite. Nothing has been changed.
+        """
         gradients = self.sum_over_ranks()
         metrics = self._step(gradients, settings, divide_by_weight)
         self.clear()

@@ -5,7 +5,7 @@ its language model is sharded, the others lend their shards for each row that it
 dies is started again, with all others, from what rank 0 has.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import fields
 from typing import Any
@@ -27,6 +27,9 @@ from plait.trainer.ranks.sharding import shard_layers
 
 _ONE_RANK = (commands.CreateView, commands.TakeView, commands.DropView, commands.CancelSample)
 """Commands that other ranks need not do, or do in part."""
+
+_ATTEMPTS = 3
+"""To start the ranks again, before the engine is given up."""
 
 
 class Team:
@@ -71,6 +74,8 @@ class Team:
         self._require()
         if isinstance(command, commands.LoadState):
             return self._load(command)
+        if isinstance(command, commands.OptimStep):
+            self.executor.run(command.run).refuse_failed()
         told = self._told(command)
         return self._all(told, lambda: self.executor.execute(command))
 
@@ -289,13 +294,25 @@ class Team:
     def _start_again(self, why: str) -> None:
         self._end_children()
         old = self.executor
-        old.group.close()
         for run in old.runs.values():
             run.lose(f"its gradients went with a rank: {why}")
         kept = {name: self._local_snapshot(run) for name, run in old.runs.items()}
+        if old.group.sharded:
+            old.fail_samples(RankDiedError(f"{why}; sample again"))
+        for left in reversed(range(_ATTEMPTS)):
+            try:
+                self._build_again(old, kept)
+                return
+            except RankDiedError:
+                self._end_children()
+                if not left:
+                    raise
+
+    def _build_again(self, old: Executor, kept: Mapping[str, Snapshot]) -> None:
+        """Every run, and every view that needs others' shards, on new processes."""
+        self.executor.group.close()
         group = self._start()
         if group.sharded:
-            old.fail_samples(RankDiedError(f"{why}; sample again"))
             self.executor = self._new_executor(group)
         else:
             old.group = group

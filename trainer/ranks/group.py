@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,9 @@ STRATEGIES: dict[str, str] = {
     "ddp": "every rank has the whole model; gradients are summed before a step",
     "fsdp": "the layers of the language model are sharded (FSDP2); what is small stays whole",
 }
+
+_TIMEOUT = timedelta(minutes=15)
+"""For one rank to wait for another: decoding films takes its time."""
 
 _BUCKET = 25_000_000
 """Bytes that are summed at once: as in torch's DDP."""
@@ -115,9 +119,11 @@ class Ranks(Group):
         self.rank, self.size = seat.rank, seat.size
         self.sharded = seat.strategy == "fsdp"
         strategy: Strategy = (
-            ModelParallelStrategy(shard, data_parallel_size=seat.size, tensor_parallel_size=1)
+            ModelParallelStrategy(
+                shard, data_parallel_size=seat.size, tensor_parallel_size=1, timeout=_TIMEOUT
+            )
             if self.sharded
-            else DDPStrategy()
+            else DDPStrategy(timeout=_TIMEOUT)
         )
         self._fabric = Fabric(
             accelerator=seat.accelerator,

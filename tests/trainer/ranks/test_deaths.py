@@ -56,13 +56,13 @@ def test_a_run_goes_on_from_its_last_step(
     sample = commands.Sample(view, prompt, SamplerSettings(max_tokens=6, temperature=0.0))
     first = pair.submit(sample).result().samples[0].tokens
     deaths = 0
-    for number in range(4):
+    for number in range(3):
         one.submit(lab.samples)
         one.step(MOMENTUM).result()
-        if number in (1, 2):
+        if number == 1:
             kill(pair)
         deaths += stepped(two, lab.samples)
-    assert deaths == 2
+    assert deaths == 1
     assert_close(two.weights(), one.weights(), 1e-5)
     assert pair.submit(sample).result().samples[0].tokens == first
     pair.finish(commands.DropView(view))
@@ -86,12 +86,12 @@ def test_pending_gradients_that_went_with_a_rank_are_told_once(
 
 @pytest.fixture
 def killer(pair: Engine) -> Iterator[None]:
-    """Kills rank 1 at seeded moments, wherever it is then."""
+    """Kills rank 1 at seeded moments, wherever it is then; also while it is started again."""
     moments, over = random.Random(7), threading.Event()
 
     def kills() -> None:
-        for _ in range(3):
-            if over.wait(moments.uniform(0.05, 1.0)):
+        for _ in range(5):
+            if over.wait(moments.uniform(0.05, 15.0)):
                 return
             before = pair._work.team.pids
             if before:
@@ -106,15 +106,16 @@ def killer(pair: Engine) -> Iterator[None]:
     thread.join()
 
 
+@pytest.mark.slow
 def test_deaths_at_any_moment_lose_no_step(
     pair: Engine, alone: Engine, drive: Make, lab: Any, killer: None
 ) -> None:
     two, one = drive(pair, "full"), drive(alone, "full")
-    for _ in range(8):
+    for _ in range(30):
         one.submit(lab.samples)
         one.step(MOMENTUM).result()
         stepped(two, lab.samples)
-    assert two.run.steps == 8
+    assert two.run.steps == 30
     assert_close(two.weights(), one.weights(), 1e-5)
 
 
