@@ -17,6 +17,7 @@ from plait.stream import Message, Sample, pack, render
 from plait.trainer import checkpoint
 from plait.trainer.build import Built, build
 from plait.trainer.config import config_from
+from plait.trainer.manifest import MANIFEST, read_manifest, sha256_of, verify, write_sealed
 from plait.trainer.optimiser import make_optimizer
 from plait.trainer.spec import LoraSpec, ModelSpec
 
@@ -89,12 +90,14 @@ def test_the_manifest_says_what_it_is(saved: tuple[Path, Built]) -> None:
     folder, built = saved
     manifest = json.loads((folder / "manifest.json").read_text())
     names = {"adapter_config.json", "adapter_model.safetensors", "encoders.safetensors",
-             "template.jinja", "optimizer.safetensors", "state.json"}  # fmt: skip
+             "template.jinja", "preprocessing.json", "optimizer.safetensors",
+             "state.json"}  # fmt: skip
     assert set(manifest["files"]) == names
     assert {path.name for path in folder.iterdir()} == {*names, "manifest.json"}
     assert manifest["step"] == 7
     assert manifest["hashes"] == built.hashes
-    assert set(manifest["hashes"]) == {"language", "template", "encoder:hf_vision"}
+    parts = {"language", "template", "renderer", "encoder:hf_vision", "preprocessing:hf_vision"}
+    assert set(manifest["hashes"]) == parts
     assert manifest["versions"]["torch"].startswith("2.")
     assert manifest["spec"]["language"] == built.spec.language
     assert (folder / "template.jinja").read_text() == built.tokenizer.chat_template
@@ -126,7 +129,7 @@ def test_the_adapter_loads_in_plain_peft(
 
 @pytest.mark.parametrize("name", [
     "manifest.json", "adapter_config.json", "adapter_model.safetensors", "encoders.safetensors",
-    "template.jinja", "optimizer.safetensors", "state.json",
+    "template.jinja", "preprocessing.json", "optimizer.safetensors", "state.json",
 ])  # fmt: skip
 def test_any_flipped_bit_is_refused(folder: Path, saved: tuple[Path, Built], name: str) -> None:
     built = saved[1]
@@ -297,11 +300,9 @@ def test_a_safetensors_file_that_is_a_pickle_is_refused(
     """Even where whoever planted it made the manifest agree."""
     bomb = folder / "encoders.safetensors"
     bomb.write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest.pop("sha256")
-    manifest["files"][bomb.name] = checkpoint._sha256(bomb)
-    manifest["sha256"] = checkpoint._own_hash(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest = read_manifest(folder)
+    manifest["files"][bomb.name] = sha256_of(bomb)
+    write_sealed(folder / MANIFEST, manifest)
     with pytest.raises(CheckpointError, match="cannot be read"):
         checkpoint.load(folder, saved[1])
     assert not (tmp_path / "exploded").exists()
@@ -309,10 +310,10 @@ def test_a_safetensors_file_that_is_a_pickle_is_refused(
 
 def test_not_a_checkpoint(tmp_path: Path, saved: tuple[Path, Built]) -> None:
     with pytest.raises(CheckpointError, match=r"must have a manifest\.json"):
-        checkpoint.verify(tmp_path)
+        verify(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": 99, "files": {}}')
-    with pytest.raises(CheckpointError, match="has format 99; this version reads 1"):
-        checkpoint.verify(tmp_path)
+    with pytest.raises(CheckpointError, match="has format 99; this version reads 2"):
+        verify(tmp_path)
 
 
 def test_deleting_takes_the_manifest_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,4 +321,4 @@ def test_deleting_takes_the_manifest_first(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
     checkpoint.delete(folder)
     with pytest.raises(CheckpointError):
-        checkpoint.verify(folder)
+        verify(folder)

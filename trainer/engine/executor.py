@@ -97,9 +97,10 @@ class Executor:
 
     def create_view(self, command: commands.CreateView) -> Built:
         built = self._built(command.spec, 0, command.limits, command.view, trains=False)
-        if command.folder is not None:
+        if command.source is not None:
             try:
-                checkpoint.load(command.folder, built, with_state=False)
+                with command.source.reading() as folder:
+                    checkpoint.load(folder, built, with_state=False)
             except BaseException:
                 self._release(built)
                 raise
@@ -199,11 +200,16 @@ class Executor:
     def optim_step(self, command: commands.OptimStep) -> dict[str, float]:
         return self.run(command.run).step(command.settings, command.divide_by_weight)
 
-    def save_state(self, command: commands.SaveState) -> None:
+    def save_state(self, command: commands.SaveState) -> str:
         run = self.run(command.run)
         state = None if command.weights_only else state_of(run, cursor=command.cursor)
         weights = checkpoint.weights_of(run.built)
-        checkpoint.save(command.folder, run.built, state, command.metadata, weights)
+        return command.store.save(
+            command.place,
+            lambda folder: checkpoint.write(folder, run.built, state, command.metadata, weights),
+            overwrite=command.overwrite,
+            ttl_seconds=command.ttl_seconds,
+        )
 
     def gather(self, command: commands.Gather) -> None:
         """What `save_state` does on the rank that saves, but for saving."""
@@ -232,15 +238,14 @@ class Executor:
 
     def load_state(self, command: commands.LoadState) -> Any:
         """Returns the cursor that was saved with the state, if the state was asked for."""
-        run = self.run(command.run)
+        run, with_optimizer = self.run(command.run), command.with_optimizer
+        with command.source.reading() as folder:
 
-        def accept(state: checkpoint.State | None) -> None:
-            if command.with_optimizer:
-                check(run, command.folder, state)
+            def accept(state: checkpoint.State | None) -> None:
+                if with_optimizer:
+                    check(run, folder, state)
 
-        state = checkpoint.load(
-            command.folder, run.built, with_state=command.with_optimizer, accept=accept
-        )
+            state = checkpoint.load(folder, run.built, with_state=with_optimizer, accept=accept)
         run.clear()
         if state is None:
             return None
