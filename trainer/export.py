@@ -12,8 +12,11 @@ the checkpoint.
 """
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from plait.encoders.quiet import without_loading_bars
 from plait.errors import CheckpointError, ConfigError
 from plait.stream import pack
 from plait.trainer import checkpoint
@@ -67,7 +71,7 @@ def export(source: Source, out: Path, *, merge: bool = False, dtype: str | None 
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"an export needs a folder of its own, and {out} holds something")
-    with source.reading() as folder:
+    with _taken(source) as folder:
         manifest = verify(folder)
         spec = spec_from(manifest["spec"])
         if dtype not in (None, *DTYPES):
@@ -81,7 +85,7 @@ def export(source: Source, out: Path, *, merge: bool = False, dtype: str | None 
                 "write that as it is beside the encoders"
             )
         checkpoint.load(folder, built, with_state=False)
-        with new_folder(out) as aside:
+        with new_folder(out) as aside, without_loading_bars():
             wanted = dtype or spec.dtype if merge else "float32"
             untrained = _write_language(aside, folder, built, wanted if merge else None)
             _copy(folder, aside, MEDIA)
@@ -89,6 +93,25 @@ def export(source: Source, out: Path, *, merge: bool = False, dtype: str | None 
             compared = _compare(aside, built, untrained, merge, wanted)
             _write_facts(aside, manifest, merge, wanted, compared)
     return Exported(out, merge, compared)
+
+
+@contextmanager
+def _taken(source: Source) -> Iterator[Path]:
+    """The checkpoint's files under names of our own: whoever saves meanwhile need not wait."""
+    with tempfile.TemporaryDirectory(prefix="plait-export-") as name:
+        mine = Path(name) / "checkpoint"
+        with source.reading() as folder:
+            verify(folder)  # here, where the error names the folder that the user knows
+            shutil.copytree(folder, mine, copy_function=_link)
+        yield mine
+
+
+def _link(source: str, target: str) -> None:
+    """Files of a checkpoint never change, so that a second name is as good as a copy."""
+    try:
+        os.link(source, target)
+    except OSError:  # of another disk
+        shutil.copyfile(source, target)
 
 
 def _write_language(aside: Path, folder: Path, built: Built, dtype: str | None) -> list[Tensor]:

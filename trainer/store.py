@@ -86,7 +86,7 @@ class Store:
                 what was there is unchanged.
         """
         if not overwrite:
-            self._refuse_taken(place)  # before minutes of writing, and again where it counts
+            self.refuse_taken(place)  # before minutes of writing, and again where it counts
         try:
             with self._aside() as aside:
                 write(aside)
@@ -112,7 +112,7 @@ class Store:
         with alone(self.root):
             put_back(target)
             if not overwrite:
-                self._refuse_taken(place)
+                self.refuse_taken(place)
             target.parent.mkdir(parents=True, exist_ok=True)
             for folder in (target.parent.parent, self.root):
                 sync(folder)
@@ -204,7 +204,11 @@ class Store:
                 self.require(place)
             yield folder
 
-    def _refuse_taken(self, place: Place) -> None:
+    def refuse_taken(self, place: Place) -> None:
+        """
+        Raises:
+            CheckpointError: there is a checkpoint of this name.
+        """
         folder = place.under(self.root)
         if folder.is_dir() and not Lifetime.found(folder).over(self.clock()):
             raise CheckpointError(

@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from plait.errors import CheckpointError
 from plait.modalities import Text
 from plait.stream import Message, Sample, pack, render
-from plait.trainer import checkpoint
+from plait.trainer import checkpoint, identity
 from plait.trainer.build import Built, build
 from plait.trainer.config import config_from
 from plait.trainer.manifest import MANIFEST, read_manifest, sha256_of, verify, write_sealed
@@ -64,11 +65,11 @@ def saved(spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 @pytest.fixture
 def folder(saved: tuple[Path, Built], tmp_path: Path) -> Path:
     """A copy that a test may damage."""
-    copy = tmp_path / "copy"
-    copy.mkdir()
+    mine = tmp_path / "copy"
+    mine.mkdir()
     for file in saved[0].iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    return copy
+        (mine / file.name).write_bytes(file.read_bytes())
+    return mine
 
 
 def test_a_round_trip_brings_everything_back(saved: tuple[Path, Built], spec: ModelSpec) -> None:
@@ -192,6 +193,16 @@ def other_language(spec: ModelSpec, folder: Path) -> ModelSpec:
     return replace(spec, language=str(folder))
 
 
+def other_preprocessing(spec: ModelSpec, folder: Path) -> ModelSpec:
+    weights = Path(str(spec.encoders["image"].weights))
+    for file in weights.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings["image_mean"] = [0.4, 0.5, 0.6]
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return encoder_with(spec, weights=str(folder))
+
+
 def encoder_with(spec: ModelSpec, **changes: Any) -> ModelSpec:
     return replace(spec, encoders={"image": replace(spec.encoders["image"], **changes)})
 
@@ -203,6 +214,7 @@ OTHERS: dict[str, tuple[Change, str]] = {
         "trained with another template",
     ),
     "encoder": (other_vision, "trained with another encoder:hf_vision"),
+    "preprocessing": (other_preprocessing, "trained with another preprocessing:hf_vision"),
     "grid": (lambda spec, _: encoder_with(spec, grid=(1, 1)), "another encoder:hf_vision"),
     "no encoder": (
         lambda spec, _: replace(spec, encoders={}), "trained with another encoder:hf_vision"
@@ -237,6 +249,29 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(
     with pytest.raises(CheckpointError, match=message):
         checkpoint.load(saved[0], built)
     assert same(tensors(built), before), "a refused checkpoint changes nothing"
+
+
+def test_another_renderer_is_refused_by_name(
+    saved: tuple[Path, Built], spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that writes rows otherwise, from the same template: it is no setting but our own code."""
+    render = identity.render
+
+    def other(*words: Any) -> Any:
+        document = render(*words)
+        return replace(document, weights=document.weights[::-1])
+
+    monkeypatch.setattr(identity, "render", other)
+    with pytest.raises(CheckpointError, match="trained with another renderer"):
+        checkpoint.load(saved[0], build(spec, 3))
+
+
+def test_a_model_without_a_template_has_a_renderer_too(saved: tuple[Path, Built]) -> None:
+    tokenizer, layout = copy(saved[1].tokenizer), saved[1].layout
+    before = identity.renderer_hash(tokenizer, layout)
+    assert before == saved[1].hashes["renderer"]
+    tokenizer.chat_template = None
+    assert identity.renderer_hash(tokenizer, layout) != before
 
 
 @pytest.mark.parametrize("changes", [

@@ -13,7 +13,7 @@ from plait.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from plait.trainer import files, objects, store
 from plait.trainer.lifetime import Lifetime
 from plait.trainer.locks import alone, held, is_held, shared
-from plait.trainer.manifest import FORMAT, sha256_of, verify, write_sealed
+from plait.trainer.manifest import FORMAT, read_sealed, sha256_of, verify, write_sealed
 from plait.trainer.objects import SMALLEST, Objects
 from plait.trainer.places import Place
 from plait.trainer.source import Source
@@ -185,6 +185,16 @@ def test_any_flipped_bit_is_refused_by_name_and_the_previous_one_stays(kept: Sto
         file.write_bytes(whole)
         assert content(kept, ONE) == LARGE
     assert content(kept, TWO) == LARGE + b"!"
+
+
+def test_json_of_the_same_value_but_another_text_is_refused(tmp_path: Path) -> None:
+    """One bit makes 1E-05 of 1e-05, which any reader takes for the same number."""
+    write_sealed(tmp_path / "values.json", {"rate": 1e-05})
+    assert read_sealed(tmp_path / "values.json") == {"rate": 1e-05}
+    text = (tmp_path / "values.json").read_text()
+    (tmp_path / "values.json").write_text(text.replace("1e-05", "1E-05"))
+    with pytest.raises(DamagedCheckpointError, match=r"values\.json is not what was saved"):
+        read_sealed(tmp_path / "values.json")
 
 
 def test_damage_does_not_lead_to_deletion_but_by_name(kept: Store, clock: Clock) -> None:

@@ -66,6 +66,8 @@ class Team:
         """
         if isinstance(command, commands.LoadState):
             return self._load(command)
+        if isinstance(command, commands.SaveState) and not command.overwrite:
+            command.store.refuse_taken(command.place)  # a refusal of rank 0 alone would part them
         told = self._told(command)
         return self._all(told, lambda: self.executor.execute(command))
 
