@@ -49,7 +49,8 @@ class State:
     """torch's state_dict."""
 
     random: Tensor
-    """State of the CPU generator that dropout draws from."""
+    """What dropout draws from: a CPU generator's state in `plait train`, a run's seed and passes
+    in the engine."""
 
     extra: dict[str, Any] = field(default_factory=dict)
     """The loader's state and whatever the caller keeps; plain JSON."""
