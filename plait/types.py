@@ -347,9 +347,31 @@ class OptimStepResponse:
 
 @dataclass(frozen=True)
 class SaveWeightsResponse:
-    """The path that `load_state` and `create_sampling_client` accept."""
+    """The path that `load_state` and `create_sampling_client` accept, and what is there.
+
+    Equal states have equal digests: SHA-256 over the manifest, which holds that of every file.
+    """
 
     path: str
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint in a list of them; times are seconds since the epoch."""
+
+    path: str
+    saved_at: float
+    expires_at: float | None
+    size_bytes: int
+    digest: str
+    base_model: str
+    step: int | None
+    """Optimiser steps before it; None where it holds weights only."""
+
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+    problem: str = ""
+    """Why it cannot be used, where its manifest is damaged; then nothing else of it is known."""
 
 
 @dataclass(frozen=True)

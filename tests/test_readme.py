@@ -10,6 +10,7 @@ import pytest
 
 from plait.cli import main
 from plait.trainer.config import load_config, plain
+from plait.trainer.manifest import digest_of, verify
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,6 +75,17 @@ def test_the_page_of_primitives_runs(here: Path, capsys: pytest.CaptureFixture[s
     for block in python_blocks("docs/primitives.md"):
         exec(compile(block, "docs/primitives.md", "exec"), names)
     assert 0 < float(capsys.readouterr().out) < 20
+
+
+@pytest.mark.weights
+def test_the_page_of_checkpoints_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    del here
+    (block,) = python_blocks("docs/checkpoints.md")
+    exec(compile(block, "docs/checkpoints.md", "exec"), {})
+    said, cursor = capsys.readouterr().out.splitlines()
+    path, digest = said.split()
+    folder = Path("runs/states") / path.removeprefix("tinker://")
+    assert digest_of(verify(folder)) == digest and cursor == "{'row': 0}"
 
 
 def test_the_launch_template_is_the_recipe() -> None:

@@ -22,6 +22,7 @@ from plait.stream import Layout
 from plait.trainer import checks
 from plait.trainer.backbone import Backbone
 from plait.trainer.base import Base
+from plait.trainer.identity import hashes_of, text_hash
 from plait.trainer.lora import add_lora
 from plait.trainer.model import PlaitModel
 from plait.trainer.spec import TOWER_PARTS, EncoderSpec, ModelSpec
@@ -39,7 +40,7 @@ class Built:
     """The adapter's peft configuration, or None."""
 
     hashes: dict[str, str]
-    """What a checkpoint must find again: base model, encoders, template."""
+    """What a checkpoint must find again; see `plait.trainer.identity`."""
 
     seed: int
     """What adapters and projectors were drawn from."""
@@ -147,11 +148,9 @@ def attach(
     if not trains:
         for _, _, parameter in model.trainable():
             parameter.requires_grad_(False)
-    hashes = {"language": base.hash, "template": text_hash(tokenizer.chat_template or "")}
-    for encoder in media.values():
-        hashes[f"encoder:{encoder.name}"] = encoder.fingerprint()
     stamped = [media[medium].name for medium, e in spec.encoders.items() if e.timestamps]
     layout = PlainLayout(media, timestamped=stamped)
+    hashes = hashes_of(base.hash, tokenizer, layout, encoders)
     built = Built(spec, model, tokenizer, layout, lora, hashes, seed, limits, base)
     checks.check(built)
     base.backbone.attention_route = spec.attention  # only now: it may need the device it trains on
@@ -297,10 +296,6 @@ def parameter_counts(model: PlaitModel) -> dict[str, dict[str, int]]:
         part = counts.setdefault(model.part_of(name), {"trainable": 0, "frozen": 0})
         part["trainable" if parameter.requires_grad else "frozen"] += parameter.numel()
     return counts
-
-
-def text_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_hash(folder: Path) -> str:

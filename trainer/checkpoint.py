@@ -7,6 +7,7 @@
       language.safetensors         only where the whole language model trains
       encoders.safetensors         projectors, and towers that train
       template.jinja               the chat template that rendered the training rows
+      preprocessing.json           how each medium was read
       optimizer.safetensors        )
       gradients.safetensors        )  only in checkpoints to resume from; gradients where some
       state.json                   )  are pending
@@ -14,12 +15,11 @@
 No file is a pickle and none is executed.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from copy import copy as copy_of
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,13 @@ from torch import Tensor
 from plait.errors import CheckpointError, DamagedCheckpointError
 from plait.trainer.build import Built
 from plait.trainer.files import new_folder, write_json
+from plait.trainer.identity import preprocessing_of
 from plait.trainer.lora import adapter_state, check_exactly, copy
+from plait.trainer.manifest import MANIFEST, check_fits, verify, write_manifest
 from plait.trainer.optimiser import ADAM_W, OPTIMIZERS
 from plait.trainer.ranks.sharding import whole
 
-FORMAT = 1
 _STATE_FILES = {"optimizer.safetensors", "gradients.safetensors"}
-LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors")
 
 
 @dataclass(slots=True)
@@ -49,7 +49,8 @@ class State:
     """torch's state_dict."""
 
     random: Tensor
-    """State of the CPU generator that dropout draws from."""
+    """What dropout draws from: a CPU generator's state in `plait train`, a run's seed and passes
+    in the engine."""
 
     extra: dict[str, Any] = field(default_factory=dict)
     """The loader's state and whatever the caller keeps; plain JSON."""
@@ -95,31 +96,33 @@ def save(
     metadata: Mapping[str, str] | None = None,
     weights: Weights | None = None,
 ) -> None:
-    """Write a checkpoint at `folder`, whole or not at all.
-
-    Args:
-        state: With it the checkpoint can be resumed from; without, it holds weights only.
-        metadata: The user's own words about it, which the manifest keeps.
-        weights: `weights_of(built)`, where other ranks have taken part in it already.
+    """Write a checkpoint at `folder`, whole or not at all; arguments as of `write`.
 
     Raises:
         CheckpointError: it cannot be written; an earlier one at `folder` is unchanged.
     """
     with new_folder(folder) as aside:
-        _write_weights(aside, built, weights or weights_of(built))
-        if state is not None:
-            _write_state(aside, state)
-        files = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
-        manifest = {
-            "format": FORMAT,
-            "spec": asdict(built.spec),
-            "hashes": built.hashes,
-            "step": state.step if state else None,
-            "versions": {name: version(name) for name in LIBRARIES},
-            "files": files,
-            "user_metadata": dict(metadata or {}),
-        }
-        write_json(aside / "manifest.json", {**manifest, "sha256": _own_hash(manifest)})
+        write(aside, built, state, metadata, weights)
+
+
+def write(
+    folder: Path,
+    built: Built,
+    state: State | None,
+    metadata: Mapping[str, str] | None,
+    weights: Weights | None = None,
+) -> None:
+    """Write a checkpoint's files into an empty folder.
+
+    Args:
+        state: With it the checkpoint can be resumed from; without, it holds weights only.
+        metadata: The user's own words about it, which the manifest keeps.
+        weights: `weights_of(built)`, where other ranks have taken part in it already.
+    """
+    _write_weights(folder, built, weights or weights_of(built))
+    if state is not None:
+        _write_state(folder, state)
+    write_manifest(folder, built, state.step if state else None, metadata)
 
 
 def load(
@@ -151,7 +154,7 @@ def read(folder: Path, built: Built, *, with_state: bool = True) -> Snapshot:
         CheckpointError: the checkpoint is of another model.
     """
     manifest = verify(folder)
-    _check_fits(folder, manifest, built)
+    check_fits(folder, manifest, built)
     try:
         tensors = {
             name: load_file(folder / name)
@@ -170,42 +173,9 @@ def read(folder: Path, built: Built, *, with_state: bool = True) -> Snapshot:
     return Snapshot({name: tensors[name] for name in files}, state)
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files all have the hashes it names.
-
-    Raises:
-        DamagedCheckpointError: it is not a checkpoint, or a file is missing or damaged.
-        CheckpointError: its format is another version's.
-    """
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        files, own = dict(manifest["files"]), manifest.pop("sha256", None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(
-            f"a checkpoint must have a manifest.json; {folder} has none that can be read: {error}"
-        ) from error
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"checkpoint {folder} has format {manifest.get('format')}; this version reads {FORMAT}"
-        )
-    if own != _own_hash(manifest):
-        raise DamagedCheckpointError(
-            f"checkpoint {folder} is damaged: manifest.json is not what was saved; use another "
-            "checkpoint"
-        )
-    for name, expected in files.items():
-        if not (folder / name).is_file() or _sha256(folder / name) != expected:
-            raise DamagedCheckpointError(
-                f"checkpoint {folder} is damaged: {name} is missing or not what was saved; use "
-                "another checkpoint"
-            )
-    result: dict[str, Any] = manifest
-    return result
-
-
 def delete(folder: Path) -> None:
     """Remove a checkpoint, its manifest first: a half-deleted one is not taken for whole."""
-    (folder / "manifest.json").unlink(missing_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -247,12 +217,17 @@ def check_state(folder: Path, state: State | None, optimizer: torch.optim.Optimi
 
 def _write_weights(folder: Path, built: Built, weights: Weights) -> None:
     if built.lora is not None:
-        built.lora.inference_mode = True
-        built.lora.base_model_name_or_path = built.spec.language
-        built.lora.save_pretrained(folder)
+        config = copy_of(built.lora)
+        config.inference_mode = True
+        config.base_model_name_or_path = built.spec.language
+        # A list, because the order of a set is another one in each process.
+        config.target_modules = sorted(config.target_modules)
+        config.save_pretrained(folder)
     for name, tensors in weights.items():
         save_file(tensors, folder / name, metadata={"format": "pt"})
     (folder / "template.jinja").write_text(built.tokenizer.chat_template or "", encoding="utf-8")
+    encoders = {name: built.model.media_encoder(name) for name in built.model.encoders}
+    write_json(folder / "preprocessing.json", preprocessing_of(built.spec, encoders))
 
 
 def _weight_files(built: Built) -> dict[str, tuple[dict[str, Tensor], str]]:
@@ -350,31 +325,3 @@ def _check_present(folder: Path, built: Built, tensors: Mapping[str, Any]) -> No
             f"checkpoint {folder} has {name}, which this model would ignore; use the "
             "configuration it was trained with"
         )
-
-
-def _check_fits(folder: Path, manifest: Mapping[str, Any], built: Built) -> None:
-    """The base model, the encoders and the template must be those it was trained with."""
-    saved = manifest["hashes"]
-    for name in sorted(set(saved) | set(built.hashes)):
-        if saved.get(name) != built.hashes.get(name):
-            raise CheckpointError(
-                f"checkpoint {folder} was trained with another {name}: its hash is "
-                f"{str(saved.get(name))[:12]} there and {str(built.hashes.get(name))[:12]} here; "
-                "use the model it was trained with"
-            )
-    lora, mine = manifest["spec"]["lora"], built.spec.lora
-    for name in ("alpha", "dora", "rslora") if lora is not None and mine is not None else ():
-        if lora[name] != getattr(mine, name):
-            raise CheckpointError(
-                f"checkpoint {folder} was trained with lora.{name} {lora[name]} and this model "
-                f"has {getattr(mine, name)}, which makes another adapter of it; use the same"
-            )
-
-
-def _own_hash(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

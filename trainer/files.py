@@ -10,7 +10,8 @@ from typing import Any
 
 from plait.errors import CheckpointError
 
-_ASIDE = ".writing-"
+ASIDE = ".writing-"
+"""How the names of what is not whole yet begin."""
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         CheckpointError: it cannot be written, for instance because the disk is full; what stood
             at `target` before is unchanged.
     """
-    aside = target.with_name(_ASIDE + target.name)
+    aside = target.with_name(ASIDE + target.name)
     try:
         put_back(target)
         if aside.exists():
@@ -30,18 +31,19 @@ def new_folder(target: Path) -> Iterator[Path]:
         yield aside
         for path in [*sorted(aside.rglob("*")), aside]:
             sync(path)
-        _replace(target, aside)
+        replace_folder(target, aside)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         if is_write_failure(error):
             raise CheckpointError(
-                f"{target} cannot be written: {error}; free some space or choose another run_dir; "
+                f"{target} cannot be written: {error}; free some space or choose another folder; "
                 "what was saved before is unchanged"
             ) from error
         raise
 
 
-def _replace(target: Path, aside: Path) -> None:
+def replace_folder(target: Path, aside: Path) -> None:
+    """Give `aside` the name `target`; a kill on the way leaves the old one to `put_back`."""
     old = _old(target)
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -52,13 +54,18 @@ def _replace(target: Path, aside: Path) -> None:
 
 
 def _old(target: Path) -> Path:
-    return target.with_name(f"{_ASIDE}old-{target.name}")
+    return target.with_name(f"{ASIDE}old-{target.name}")
 
 
 def put_back(target: Path) -> None:
     """Give `target` its old content again where a kill came between the two renames."""
-    if not target.exists() and _old(target).is_dir():
+    if waits_for_put_back(target):
         _old(target).rename(target)
+
+
+def waits_for_put_back(target: Path) -> bool:
+    """Whether a kill, or a process that is at it now, has the old content under another name."""
+    return not target.exists() and _old(target).is_dir()
 
 
 @contextmanager
@@ -85,12 +92,11 @@ def write_json(path: Path, values: Any) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    aside = path.with_name(_ASIDE + path.name)
+    aside = path.with_name(ASIDE + path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("w", encoding="utf-8") as file:
-            json.dump(values, file, indent=1, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
+            file.write(json_text(values))
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -105,6 +111,15 @@ def write_json(path: Path, values: Any) -> None:
         raise CheckpointError(f"{path} cannot be written: {error}; free some space") from error
 
 
+def json_text(values: Any) -> str:
+    """The text that `write_json` writes.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def sync(path: Path) -> None:
     """Make a file's content, or a folder's entries, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -116,9 +131,9 @@ def sync(path: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what interrupted writes left in `folder`; what they meant to replace stays."""
-    for path in folder.glob(f"{_ASIDE}old-*"):
-        put_back(path.with_name(path.name.removeprefix(f"{_ASIDE}old-")))
-    for path in folder.glob(f"{_ASIDE}*"):
+    for path in folder.glob(f"{ASIDE}old-*"):
+        put_back(path.with_name(path.name.removeprefix(f"{ASIDE}old-")))
+    for path in folder.glob(f"{ASIDE}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -20,6 +20,7 @@ a first run:
   plait train configs/stamps.yaml    train (about 7 minutes on two cores)
   plait report runs/stamps           write runs/stamps/report.html
   plait sample runs/stamps --image cat.png
+  plait export runs/stamps out --merge   the language model, for plain transformers
 
 your own pictures, with a .txt beside each or a captions.csv:
   plait train configs/stamps.yaml --data my-folder --run-dir runs/mine

@@ -1,6 +1,7 @@
-"""Commands about models: `plait sample`."""
+"""Commands about models: `plait sample|export`."""
 
 import argparse
+from pathlib import Path
 
 from plait.cli.shared import add_command
 from plait.errors import ConfigError
@@ -9,6 +10,7 @@ from plait.errors import ConfigError
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add them."""
     _add_sample(commands)
+    _add_export(commands)
 
 
 def _add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -60,3 +62,38 @@ def _sample(words: argparse.Namespace) -> None:
         for sequence in response.sequences:
             text = client.get_tokenizer().decode(sequence.tokens, skip_special_tokens=True)
             print(f"{name}: {text.strip()}" if name else text.strip())
+
+
+def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = add_command(
+        commands, "export", _export,
+        "Write a checkpoint for plain transformers and peft, load it there and compare.",
+    )  # fmt: skip
+    parser.add_argument("checkpoint", help="a run's folder, a checkpoint's, or a tinker:// path")
+    parser.add_argument("out", metavar="OUT", help="the folder to write, which must be free")
+    parser.add_argument(
+        "--merge", action="store_true", help="the whole language model instead of its adapter"
+    )
+    parser.add_argument("--dtype", help="of a whole model's weights (default: the run's)")
+    parser.add_argument(
+        "--store", metavar="FOLDER", help="where tinker:// paths lie (default: $PLAIT_HOME/runs)"
+    )
+
+
+def _export(words: argparse.Namespace) -> None:
+    from plait.datasets.fetch import home
+    from plait.trainer.export import export
+    from plait.trainer.source import Source
+    from plait.trainer.store import Store
+
+    store = Store(Path(words.store) if words.store else home() / "runs")
+    done = export(
+        Source(store, words.checkpoint), Path(words.out), merge=words.merge, dtype=words.dtype
+    )
+    found, loader = done.compared, "transformers" if done.merged else "peft"
+    print(
+        f"wrote {done.folder}; plain {loader} in another process computes its logits: at "
+        f"{found.positions} positions they differ by {found.largest_difference:.1e} at most, of "
+        f"logits up to {found.largest_logit:.1f} that training changed by "
+        f"{found.trained_change:.1e} on average"
+    )

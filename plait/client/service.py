@@ -1,23 +1,27 @@
 """The client that makes clients."""
 
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 from plait.client.futures import AsyncNames
-from plait.client.paths import weights_folder
 from plait.client.sampling import SamplingClient
 from plait.client.training import TrainingClient
 from plait.datasets.fetch import home
 from plait.errors import ConfigError
 from plait.modalities import Limits
-from plait.trainer import checkpoint
 from plait.trainer.build import Built
 from plait.trainer.checks import packing_warning
 from plait.trainer.config import spec_from
 from plait.trainer.engine.controller import Engine, EngineSettings
+from plait.trainer.manifest import verify
+from plait.trainer.places import Place
+from plait.trainer.source import Source
 from plait.trainer.spec import EncoderSpec, LoraSpec, ModelSpec
+from plait.trainer.store import Entry, Store
+from plait.types import Checkpoint
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -29,9 +33,11 @@ class ServiceClient(AsyncNames):
     Clients of one language model share its frozen weights; what they send is packed together.
 
     Args:
-        folder: Where `save_state` puts its files; `$PLAIT_HOME/runs` by default.
+        folder: Where `save_state` keeps checkpoints; `$PLAIT_HOME/runs` by default. What killed
+            processes left there is cleared away, and what expired.
         limits: How large a media file may be before it is refused.
         engine: How much is computed and kept at once.
+        clock: Seconds since the epoch, by which checkpoints expire.
 
     Raises:
         ConfigError: an address instead of a folder.
@@ -43,6 +49,7 @@ class ServiceClient(AsyncNames):
         *,
         limits: Limits = Limits(),  # noqa: B008  (frozen)
         engine: EngineSettings | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         if isinstance(folder, str) and "://" in folder:
             raise ConfigError(
@@ -51,6 +58,8 @@ class ServiceClient(AsyncNames):
             )
         self.folder = Path(folder) if folder is not None else home() / "runs"
         self.limits = limits
+        self._store = Store(self.folder, clock)
+        self._store.open()
         self._engine = Engine(engine)
 
     def create_lora_training_client(
@@ -111,7 +120,7 @@ class ServiceClient(AsyncNames):
             raise ConfigError(f"user_metadata must be texts by name; it is {metadata}")
         run, built = self._engine.create_run(spec, seed or 0, self.limits)
         _warn(built)
-        return TrainingClient(self._engine, built, run, self.folder, metadata)
+        return TrainingClient(self._engine, built, run, self._store, metadata)
 
     def create_training_client_from_state(
         self, path: str, *, user_metadata: Mapping[str, str] | None = None
@@ -128,7 +137,8 @@ class ServiceClient(AsyncNames):
     def _from_state(
         self, path: str, user_metadata: Mapping[str, str] | None, with_optimizer: bool
     ) -> TrainingClient:
-        manifest = checkpoint.verify(weights_folder(path, self.folder))
+        with Source(self._store, path).reading() as folder:
+            manifest = verify(folder)
         metadata = manifest["user_metadata"] if user_metadata is None else user_metadata
         spec = spec_from(manifest["spec"])
         client = self.create_training_client(spec, user_metadata=metadata)
@@ -151,15 +161,38 @@ class ServiceClient(AsyncNames):
         """
         if (model_path is None) == (base_model is None):
             raise ConfigError("give either model_path or base_model")
-        folder = None
+        source = None
         if model_path is None:
             spec = ModelSpec(language=str(base_model), train=("projector",), lora=None)
         else:
-            folder = weights_folder(str(model_path), self.folder)
-            spec = spec_from(checkpoint.verify(folder)["spec"])
-        view, built = self._engine.create_view(spec, folder, self.limits)
+            source = Source(self._store, str(model_path))
+            with source.reading() as folder:
+                spec = spec_from(verify(folder)["spec"])
+        view, built = self._engine.create_view(spec, source, self.limits)
         _warn(built)
         return SamplingClient(self._engine, built, view)
+
+    def list_checkpoints(self) -> list[Checkpoint]:
+        """All checkpoints in this client's folder, the oldest first."""
+        return [_checkpoint(entry) for entry in self._store.entries()]
+
+    def delete_checkpoint(self, path: str) -> None:
+        """Remove a checkpoint; files that no other one shares go with it.
+
+        Sampling clients that were made from it before hold its weights, and go on.
+
+        Raises:
+            ConfigError: there is none at this `tinker://` path.
+        """
+        self._store.delete(Place.of(path))
+
+    def set_checkpoint_ttl(self, path: str, ttl_seconds: float | None) -> None:
+        """Let a checkpoint expire so many seconds from now; None keeps it.
+
+        Raises:
+            ConfigError: there is none at this `tinker://` path, or the number is not above 0.
+        """
+        self._store.set_ttl(Place.of(path), ttl_seconds)
 
     def close(self) -> None:
         """Finish what is queued and stop; clients that were made here stop with it.
@@ -178,6 +211,21 @@ class ServiceClient(AsyncNames):
 def _warn(built: Built) -> None:
     if warning := packing_warning(built):
         warnings.warn(warning, stacklevel=3)
+
+
+def _checkpoint(entry: Entry) -> Checkpoint:
+    manifest = entry.manifest
+    return Checkpoint(
+        path=entry.place.path,
+        saved_at=entry.lifetime.saved_at,
+        expires_at=entry.lifetime.expires_at,
+        size_bytes=entry.size,
+        digest=entry.digest,
+        base_model=manifest["spec"]["language"] if manifest else "",
+        step=manifest.get("step"),
+        user_metadata=manifest.get("user_metadata", {}),
+        problem=entry.problem,
+    )
 
 
 def _targets(attention: bool, mlp: bool) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from plait.client.base import Client
@@ -12,16 +11,19 @@ from plait.client.custom import LossOfLogprobs, unweighted, weighted_data
 from plait.client.futures import APIFuture
 from plait.client.inputs import check_plain, input_from
 from plait.client.objectives import evened, objective_of
-from plait.client.paths import SCHEME, weights_folder
 from plait.client.sampling import SamplingClient
-from plait.errors import ConfigError, DataError, ModelError
+from plait.errors import DataError, ModelError
 from plait.stream import Sample, render
 from plait.trainer.build import Built, parameter_counts
 from plait.trainer.engine import commands
 from plait.trainer.engine.controller import Engine, facts_of
+from plait.trainer.lifetime import check_ttl
 from plait.trainer.losses import Loss, LossBatch
 from plait.trainer.model import Objective
 from plait.trainer.optimiser import StepSettings
+from plait.trainer.places import Place
+from plait.trainer.source import Source
+from plait.trainer.store import Store
 from plait.types import (
     AdamParams,
     Datum,
@@ -43,12 +45,12 @@ class TrainingClient(Client):
 
     Args:
         run: The engine's name for what trains, which goes when the client is closed or dropped.
-        folder: Where `save_state` puts its files.
+        store: Where `save_state` keeps checkpoints.
         metadata: Stands in the manifest of everything saved, and in `get_info`.
     """
 
     def __init__(
-        self, engine: Engine, built: Built, run: str, folder: Path, metadata: dict[str, str]
+        self, engine: Engine, built: Built, run: str, store: Store, metadata: dict[str, str]
     ) -> None:
         super().__init__(engine, built)
         self.run_id = uuid.uuid4().hex
@@ -56,7 +58,7 @@ class TrainingClient(Client):
         self.restored: LoadWeightsResponse | None = None
         """What a client that was made from a saved state began with."""
 
-        self._run, self._folder = run, folder
+        self._run, self._store = run, store
         self._release = weakref.finalize(self, engine.discard, commands.DropRun(run))
         self._release.atexit = False
 
@@ -164,41 +166,74 @@ class TrainingClient(Client):
         if not self._release.alive:
             raise ModelError("this client is closed; create a new client")
 
-    def save_state(self, name: str, *, cursor: Any = None) -> APIFuture[SaveWeightsResponse]:
+    def save_state(
+        self,
+        name: str,
+        ttl_seconds: float | None = None,
+        *,
+        overwrite: bool = False,
+        cursor: Any = None,
+    ) -> APIFuture[SaveWeightsResponse]:
         """Save all that the run needs to go on exactly; the response's path loads it.
 
         Args:
+            ttl_seconds: After them it expires and is removed; None keeps it.
+            overwrite: Replace a checkpoint of this run and name, which is refused otherwise.
             cursor: Whatever the loop needs to go on with its data, as plain JSON;
                 `load_state_with_optimizer` gives it back.
-        """
-        return self._save("weights", name, weights_only=False, cursor=cursor)
 
-    def save_weights_for_sampler(self, name: str) -> APIFuture[SaveWeightsResponse]:
-        """Save what sampling needs under `name`."""
-        return self._save("sampler_weights", name, weights_only=True)
+        Raises:
+            CheckpointError: by the result: the name is taken, or it cannot be written; what was
+                saved before is unchanged.
+        """
+        return self._save("weights", name, ttl_seconds, overwrite, cursor)
+
+    def save_weights_for_sampler(
+        self, name: str, ttl_seconds: float | None = None, *, overwrite: bool = False
+    ) -> APIFuture[SaveWeightsResponse]:
+        """Save what sampling needs under `name`; arguments and errors as of `save_state`."""
+        return self._save("sampler_weights", name, ttl_seconds, overwrite)
 
     def _save(
-        self, kind: str, name: str, weights_only: bool, cursor: Any = None
+        self, kind: str, name: str, ttl_seconds: float | None, overwrite: bool, cursor: Any = None
     ) -> APIFuture[SaveWeightsResponse]:
-        if not name or "/" in name or name.startswith("."):
-            raise ConfigError(f"a checkpoint's name has no / and no leading dot; got {name!r}")
-        folder = self._folder / self.run_id / kind / name
-        metadata = dict(self.user_metadata)
-        command = commands.SaveState(self._run, folder, weights_only, metadata, cursor)
-        path = f"{SCHEME}{self.run_id}/{kind}/{name}"
-        return APIFuture(self._submit(command), lambda _: SaveWeightsResponse(path))
+        check_ttl(ttl_seconds)
+        place = Place(self.run_id, kind, name)
+        command = commands.SaveState(
+            self._run,
+            self._store,
+            place,
+            weights_only=kind == "sampler_weights",
+            overwrite=overwrite,
+            ttl_seconds=ttl_seconds,
+            metadata=dict(self.user_metadata),
+            cursor=cursor,
+        )
+        future = self._submit(command)
+        return APIFuture(future, lambda digest: SaveWeightsResponse(place.path, digest))
 
     def load_state(self, path: str) -> APIFuture[LoadWeightsResponse]:
-        """Load saved weights; the optimiser stays as it is."""
+        """Load saved weights; the optimiser stays as it is.
+
+        Raises:
+            ConfigError: there is no such checkpoint; it was deleted, or it expired.
+            DamagedCheckpointError: by the result: a file of it is not what was saved.
+            CheckpointError: by the result: it is of another model; says of which other part.
+        """
         return self._load(path, with_optimizer=False)
 
     def load_state_with_optimizer(self, path: str) -> APIFuture[LoadWeightsResponse]:
-        """Load saved weights, the optimiser's state, and gradients that were pending."""
+        """Load saved weights, the optimiser's state, and gradients that were pending.
+
+        Raises:
+            ConfigError, DamagedCheckpointError, CheckpointError: as `load_state`.
+        """
         return self._load(path, with_optimizer=True)
 
     def _load(self, path: str, with_optimizer: bool) -> APIFuture[LoadWeightsResponse]:
-        folder = weights_folder(path, self._folder)
-        future = self._submit(commands.LoadState(self._run, folder, with_optimizer))
+        source = Source(self._store, path)
+        source.require()
+        future = self._submit(commands.LoadState(self._run, source, with_optimizer))
         return APIFuture(future, lambda cursor: LoadWeightsResponse(path, cursor))
 
     def save_weights_and_get_sampling_client(self, name: str | None = None) -> SamplingClient:

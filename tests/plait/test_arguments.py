@@ -15,7 +15,7 @@ from plait.client import ServiceClient, TrainingClient
 from plait.errors import ConfigError, DataError, MediaError, Origin, UnknownNameError
 from plait.modalities import Image, Limits, Text
 from plait.stream import Message, Sample
-from plait.trainer import checkpoint
+from plait.trainer.manifest import verify
 from plait.trainer.spec import ModelSpec
 from plait.types import AdamParams, Datum, ImageChunk, ModelInput
 
@@ -53,7 +53,7 @@ def test_user_metadata_stands_in_what_is_saved(
         client.save_weights_for_sampler("two").result()
         run = tmp_path / client.run_id
     for folder in (run / "weights" / "one", run / "sampler_weights" / "two"):
-        held = checkpoint.verify(folder)["user_metadata"]
+        held = verify(folder)["user_metadata"]
         assert held == {"ticket": "A-7", "Zweck": "schön"}
         assert main(["info", str(folder)]) == 0
         assert "A-7" in capsys.readouterr().out

@@ -107,7 +107,9 @@ PHASES: dict[str, Callable[[Any], None]] = {
     "best kept": lambda kill: around(TrainingRun, "_keep_best", kill),
     "ledger synced": lambda kill: around(Ledger, "state", kill),
     "writing a checkpoint": half_written,
-    "before its rename": lambda kill: around(files, "_replace", kill, before=True, when=_to_step),
+    "before its rename": lambda kill: around(
+        files, "replace_folder", kill, before=True, when=_to_step
+    ),
     "after its rename": lambda kill: around(
         Path, "rename", kill, when=lambda _, target: _to_step(target)
     ),

@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from safetensors.torch import load_file
 from plait.errors import CheckpointError
 from plait.modalities import Text
 from plait.stream import Message, Sample, pack, render
-from plait.trainer import checkpoint
+from plait.trainer import checkpoint, identity
 from plait.trainer.build import Built, build
 from plait.trainer.config import config_from
+from plait.trainer.manifest import MANIFEST, read_manifest, sha256_of, verify, write_sealed
 from plait.trainer.optimiser import make_optimizer
 from plait.trainer.spec import LoraSpec, ModelSpec
 
@@ -63,11 +65,11 @@ def saved(spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 @pytest.fixture
 def folder(saved: tuple[Path, Built], tmp_path: Path) -> Path:
     """A copy that a test may damage."""
-    copy = tmp_path / "copy"
-    copy.mkdir()
+    mine = tmp_path / "copy"
+    mine.mkdir()
     for file in saved[0].iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    return copy
+        (mine / file.name).write_bytes(file.read_bytes())
+    return mine
 
 
 def test_a_round_trip_brings_everything_back(saved: tuple[Path, Built], spec: ModelSpec) -> None:
@@ -89,12 +91,14 @@ def test_the_manifest_says_what_it_is(saved: tuple[Path, Built]) -> None:
     folder, built = saved
     manifest = json.loads((folder / "manifest.json").read_text())
     names = {"adapter_config.json", "adapter_model.safetensors", "encoders.safetensors",
-             "template.jinja", "optimizer.safetensors", "state.json"}  # fmt: skip
+             "template.jinja", "preprocessing.json", "optimizer.safetensors",
+             "state.json"}  # fmt: skip
     assert set(manifest["files"]) == names
     assert {path.name for path in folder.iterdir()} == {*names, "manifest.json"}
     assert manifest["step"] == 7
     assert manifest["hashes"] == built.hashes
-    assert set(manifest["hashes"]) == {"language", "template", "encoder:hf_vision"}
+    parts = {"language", "template", "renderer", "encoder:hf_vision", "preprocessing:hf_vision"}
+    assert set(manifest["hashes"]) == parts
     assert manifest["versions"]["torch"].startswith("2.")
     assert manifest["spec"]["language"] == built.spec.language
     assert (folder / "template.jinja").read_text() == built.tokenizer.chat_template
@@ -126,7 +130,7 @@ def test_the_adapter_loads_in_plain_peft(
 
 @pytest.mark.parametrize("name", [
     "manifest.json", "adapter_config.json", "adapter_model.safetensors", "encoders.safetensors",
-    "template.jinja", "optimizer.safetensors", "state.json",
+    "template.jinja", "preprocessing.json", "optimizer.safetensors", "state.json",
 ])  # fmt: skip
 def test_any_flipped_bit_is_refused(folder: Path, saved: tuple[Path, Built], name: str) -> None:
     built = saved[1]
@@ -189,6 +193,16 @@ def other_language(spec: ModelSpec, folder: Path) -> ModelSpec:
     return replace(spec, language=str(folder))
 
 
+def other_preprocessing(spec: ModelSpec, folder: Path) -> ModelSpec:
+    weights = Path(str(spec.encoders["image"].weights))
+    for file in weights.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings["image_mean"] = [0.4, 0.5, 0.6]
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return encoder_with(spec, weights=str(folder))
+
+
 def encoder_with(spec: ModelSpec, **changes: Any) -> ModelSpec:
     return replace(spec, encoders={"image": replace(spec.encoders["image"], **changes)})
 
@@ -200,6 +214,7 @@ OTHERS: dict[str, tuple[Change, str]] = {
         "trained with another template",
     ),
     "encoder": (other_vision, "trained with another encoder:hf_vision"),
+    "preprocessing": (other_preprocessing, "trained with another preprocessing:hf_vision"),
     "grid": (lambda spec, _: encoder_with(spec, grid=(1, 1)), "another encoder:hf_vision"),
     "no encoder": (
         lambda spec, _: replace(spec, encoders={}), "trained with another encoder:hf_vision"
@@ -234,6 +249,29 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(
     with pytest.raises(CheckpointError, match=message):
         checkpoint.load(saved[0], built)
     assert same(tensors(built), before), "a refused checkpoint changes nothing"
+
+
+def test_another_renderer_is_refused_by_name(
+    saved: tuple[Path, Built], spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that writes rows otherwise, from the same template: it is no setting but our own code."""
+    render = identity.render
+
+    def other(*words: Any) -> Any:
+        document = render(*words)
+        return replace(document, weights=document.weights[::-1])
+
+    monkeypatch.setattr(identity, "render", other)
+    with pytest.raises(CheckpointError, match="trained with another renderer"):
+        checkpoint.load(saved[0], build(spec, 3))
+
+
+def test_a_model_without_a_template_has_a_renderer_too(saved: tuple[Path, Built]) -> None:
+    tokenizer, layout = copy(saved[1].tokenizer), saved[1].layout
+    before = identity.renderer_hash(tokenizer, layout)
+    assert before == saved[1].hashes["renderer"]
+    tokenizer.chat_template = None
+    assert identity.renderer_hash(tokenizer, layout) != before
 
 
 @pytest.mark.parametrize("changes", [
@@ -297,11 +335,9 @@ def test_a_safetensors_file_that_is_a_pickle_is_refused(
     """Even where whoever planted it made the manifest agree."""
     bomb = folder / "encoders.safetensors"
     bomb.write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest.pop("sha256")
-    manifest["files"][bomb.name] = checkpoint._sha256(bomb)
-    manifest["sha256"] = checkpoint._own_hash(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest = read_manifest(folder)
+    manifest["files"][bomb.name] = sha256_of(bomb)
+    write_sealed(folder / MANIFEST, manifest)
     with pytest.raises(CheckpointError, match="cannot be read"):
         checkpoint.load(folder, saved[1])
     assert not (tmp_path / "exploded").exists()
@@ -309,10 +345,10 @@ def test_a_safetensors_file_that_is_a_pickle_is_refused(
 
 def test_not_a_checkpoint(tmp_path: Path, saved: tuple[Path, Built]) -> None:
     with pytest.raises(CheckpointError, match=r"must have a manifest\.json"):
-        checkpoint.verify(tmp_path)
+        verify(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": 99, "files": {}}')
-    with pytest.raises(CheckpointError, match="has format 99; this version reads 1"):
-        checkpoint.verify(tmp_path)
+    with pytest.raises(CheckpointError, match="has format 99; this version reads 2"):
+        verify(tmp_path)
 
 
 def test_deleting_takes_the_manifest_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,4 +356,4 @@ def test_deleting_takes_the_manifest_first(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
     checkpoint.delete(folder)
     with pytest.raises(CheckpointError):
-        checkpoint.verify(folder)
+        verify(folder)

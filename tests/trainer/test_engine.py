@@ -22,9 +22,12 @@ from plait.trainer.engine.controller import Engine, EngineSettings
 from plait.trainer.engine.planning import plan
 from plait.trainer.model import LEARN
 from plait.trainer.optimiser import StepSettings, make_optimizer, prepare_step
+from plait.trainer.places import Place
 from plait.trainer.sampling.settings import SamplerSettings
 from plait.trainer.schedule import settings_at
+from plait.trainer.source import Source
 from plait.trainer.spec import LoraSpec, ModelSpec
+from plait.trainer.store import Store
 
 
 @pytest.fixture
@@ -119,11 +122,12 @@ def test_commands_and_results_are_plain_data(lone: Lone, tmp_path: Path) -> None
         lone.built.tokenizer, lone.built.layout, for_generation=True,
     )  # fmt: skip
     settings = SamplerSettings(max_tokens=2)
+    store, place = Store(tmp_path), Place("run", "weights", "one")
     for command in [
         commands.ForwardBackward(run, documents, plan(documents, 12), LEARN),
         commands.OptimStep(run, StepSettings(), divide_by_weight=True),
-        commands.SaveState(run, tmp_path / "one", cursor={"row": 3}),
-        commands.LoadState(run, tmp_path / "one", with_optimizer=True),
+        commands.SaveState(run, store, place, cursor={"row": 3}),
+        commands.LoadState(run, Source(store, place.path), with_optimizer=True),
         commands.TakeView(run, "one"),
         commands.Sample("one", prompt, settings, 2, prompt_logprobs=True, request="a"),
         commands.CancelSample("one", "a"),

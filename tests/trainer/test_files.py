@@ -28,9 +28,11 @@ def test_everything_is_synced_before_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
-    sync, replace = files.sync, files._replace
+    sync, replace = files.sync, files.replace_folder
     monkeypatch.setattr(files, "sync", lambda path: (done.append(path.name), sync(path)))
-    monkeypatch.setattr(files, "_replace", lambda *paths: (done.append("replace"), replace(*paths)))
+    monkeypatch.setattr(
+        files, "replace_folder", lambda *paths: (done.append("replace"), replace(*paths))
+    )
     fill(tmp_path / "target", "one")
     assert done == ["file", ".writing-target", "replace", tmp_path.name]
 

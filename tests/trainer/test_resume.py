@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from plait.datasets.ledger import count
 from plait.errors import Interrupted
-from plait.trainer.checkpoint import verify
+from plait.trainer.manifest import verify
 
 DRIVER = Path(__file__).with_name("kill_driver.py")
 

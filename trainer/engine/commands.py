@@ -5,7 +5,6 @@ Shape letters: T positions of a document, K soft targets of a position.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,12 @@ from plait.stream import Document
 from plait.trainer.checkpoint import Snapshot
 from plait.trainer.model import Objective
 from plait.trainer.optimiser import StepSettings
+from plait.trainer.places import Place
 from plait.trainer.sampling.requests import Generated, PromptScores
 from plait.trainer.sampling.settings import SamplerSettings
+from plait.trainer.source import Source
 from plait.trainer.spec import ModelSpec
+from plait.trainer.store import Store
 
 BaseKey = tuple[str, ...]
 """What tells one language model from others."""
@@ -126,11 +128,17 @@ class OptimStep:
 
 @dataclass(frozen=True, slots=True)
 class SaveState:
-    """Write a run's weights into `folder`, and all else that it needs to go on exactly."""
+    """Keep a run's weights, and all else that it needs to go on exactly, under a name.
+
+    The result is the checkpoint's digest.
+    """
 
     run: str
-    folder: Path
+    store: Store
+    place: Place
     weights_only: bool = False
+    overwrite: bool = False
+    ttl_seconds: float | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     """The user's own words about the run, for the manifest."""
 
@@ -143,7 +151,7 @@ class LoadState:
     """Read back what `SaveState` wrote; without the optimiser's state where not asked for."""
 
     run: str
-    folder: Path
+    source: Source
     with_optimizer: bool = False
 
 
@@ -161,7 +169,7 @@ class CreateView:
 
     view: str
     spec: ModelSpec
-    folder: Path | None
+    source: Source | None
     limits: Limits
 
 

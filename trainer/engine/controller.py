@@ -9,7 +9,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 from plait.errors import ModelError, RankDiedError, UnknownNameError
@@ -27,6 +26,7 @@ from plait.trainer.engine.team import Team
 from plait.trainer.model import LEARN, Objective
 from plait.trainer.ranks.children import check_readable
 from plait.trainer.ranks.group import STRATEGIES
+from plait.trainer.source import Source
 from plait.trainer.spec import ModelSpec
 
 
@@ -111,12 +111,12 @@ class Engine:
         return name, built
 
     def create_view(
-        self, spec: ModelSpec, folder: Path | None, limits: Limits
+        self, spec: ModelSpec, source: Source | None, limits: Limits
     ) -> tuple[str, Built]:
         """Weights to sample from, those of a checkpoint if one is named; waits until they are
         loaded."""
         name = self.new_name("view")
-        built: Built = self.submit(commands.CreateView(name, spec, folder, limits)).result()
+        built: Built = self.submit(commands.CreateView(name, spec, source, limits)).result()
         return name, built
 
     def forward_backward(

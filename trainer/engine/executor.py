@@ -97,9 +97,10 @@ class Executor:
 
     def create_view(self, command: commands.CreateView) -> Built:
         built = self._built(command.spec, 0, command.limits, command.view, trains=False)
-        if command.folder is not None:
+        if command.source is not None:
             try:
-                checkpoint.load(command.folder, built, with_state=False)
+                with command.source.reading() as folder:
+                    checkpoint.load(folder, built, with_state=False)
             except BaseException:
                 self._release(built)
                 raise
@@ -199,24 +200,25 @@ class Executor:
     def optim_step(self, command: commands.OptimStep) -> dict[str, float]:
         return self.run(command.run).step(command.settings, command.divide_by_weight)
 
-    def save_state(self, command: commands.SaveState) -> None:
+    def gather(self, command: commands.Gather, cursor: Any = None) -> checkpoint.Snapshot:
+        """A run as it is, in memory; collective, and of use on rank 0 alone."""
         run = self.run(command.run)
-        state = None if command.weights_only else state_of(run, cursor=command.cursor)
-        weights = checkpoint.weights_of(run.built)
-        checkpoint.save(command.folder, run.built, state, command.metadata, weights)
+        return checkpoint.Snapshot(
+            state=None if command.weights_only else state_of(run, cursor=cursor),
+            weights=checkpoint.weights_of(run.built) if self.group.rank == 0 or run.sharded else {},
+        )
 
-    def gather(self, command: commands.Gather) -> None:
-        """What `save_state` does on the rank that saves, but for saving."""
-        run = self.run(command.run)
-        if not command.weights_only:
-            state_of(run)
-        if run.sharded:
-            checkpoint.weights_of(run.built)
-
-    def snapshot_of(self, run: Run) -> checkpoint.Snapshot:
-        """A run as it is, in memory; collective where it is sharded."""
-        state = state_of(run)
-        return checkpoint.Snapshot(checkpoint.weights_of(run.built), state)
+    def write_state(self, command: commands.SaveState, snapshot: checkpoint.Snapshot) -> str:
+        """Keep what was gathered; its digest."""
+        built = self.run(command.run).built
+        return command.store.save(
+            command.place,
+            lambda folder: checkpoint.write(
+                folder, built, snapshot.state, command.metadata, snapshot.weights
+            ),
+            overwrite=command.overwrite,
+            ttl_seconds=command.ttl_seconds,
+        )
 
     def restore(self, command: commands.Restore) -> None:
         run = self.run(command.run)
@@ -234,10 +236,11 @@ class Executor:
 
     def read_state(self, command: commands.LoadState) -> checkpoint.Snapshot:
         """What `restore` will put into the run; refused where it does not fit."""
-        run = self.run(command.run)
-        snapshot = checkpoint.read(command.folder, run.built, with_state=command.with_optimizer)
-        if command.with_optimizer:
-            check(run, command.folder, snapshot.state)
+        run, with_state = self.run(command.run), command.with_optimizer
+        with command.source.reading() as folder:
+            snapshot = checkpoint.read(folder, run.built, with_state=with_state)
+            if with_state:
+                check(run, folder, snapshot.state)
         return snapshot
 
     def sample(self, command: commands.Sample, future: "Future[Any]") -> None:
@@ -331,7 +334,6 @@ _HANDLERS: dict[type, Callable[[Executor, Any], Any]] = {
     commands.Finish: Executor.finish,
     commands.Abandon: Executor.abandon,
     commands.OptimStep: Executor.optim_step,
-    commands.SaveState: Executor.save_state,
     commands.TakeView: Executor.take_view,
     commands.CreateView: Executor.create_view,
     commands.DropView: Executor.drop_view,

@@ -20,7 +20,7 @@ from plait.trainer.ranks.sharding import cut_like, is_sharded, part_like, whole,
 def state_of(run: Run, **extra: Any) -> State:
     """The present state, and what the caller keeps beside it; collective."""
     gradients = run.sum_over_ranks()
-    state = capture(run.optimizer, run.steps, torch.tensor([run.passes]), **extra)
+    state = capture(run.optimizer, run.steps, torch.tensor([run.seed, run.passes]), **extra)
     if run.optimizer is not None:
         held = state.optimizer["state"]
         state.optimizer |= {"state": _changed(run, run.optimizer, held, whole_like)}
@@ -45,7 +45,8 @@ def check(run: Run, folder: Path, state: State | None) -> None:
 
 def restore(run: Run, state: State) -> None:
     """Go on from a state that `check` has passed. Pending gradients are rank 0's."""
-    run.steps, run.passes, run.failure = state.step, int(state.random), None
+    run.steps, run.failure = state.step, None
+    run.seed, run.passes = (int(number) for number in state.random)
     run.clear()
     first = run.group.rank == 0
     run.pending_weight = state.pending_weight if first else 0.0

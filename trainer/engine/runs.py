@@ -48,6 +48,10 @@ class Run:
         self.passes = 0
         """Training passes begun, which dropout draws from: equal on all ranks."""
 
+        self.seed = built.seed
+        """What dropout draws from as well. It is part of the state: a client that goes on from a
+        checkpoint was built from another seed."""
+
         self.optimizer: torch.optim.Optimizer | None = None
         self.failure: str | None = None
         """What went wrong in a forward_backward since the last step."""
@@ -96,7 +100,7 @@ class Run:
         Args:
             place: Where the micro-batch stands in its pass.
         """
-        sequence = np.random.SeedSequence([self.built.seed, self.passes, *place])
+        sequence = np.random.SeedSequence([self.seed, self.passes, *place])
         return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
     def begin(self) -> None:

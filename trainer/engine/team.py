@@ -74,6 +74,8 @@ class Team:
         self._require()
         if isinstance(command, commands.LoadState):
             return self._load(command)
+        if isinstance(command, commands.SaveState):
+            return self._save(command)
         if isinstance(command, commands.OptimStep):
             self.executor.run(command.run).refuse_failed()
         told = self._told(command)
@@ -81,8 +83,6 @@ class Team:
 
     def _told(self, command: Command) -> Command | None:
         """What the other ranks do at a command."""
-        if isinstance(command, commands.SaveState):
-            return commands.Gather(command.run, command.weights_only)
         if isinstance(command, commands.TakeView):
             run = self.executor.runs.get(command.run)
             return commands.Gather(command.run, True) if run is not None and run.sharded else None
@@ -143,6 +143,14 @@ class Team:
         if error is not None:
             raise error
         return result
+
+    def _save(self, command: commands.SaveState) -> str:
+        """All ranks bring together what there is, and rank 0 writes it: it alone may fail then."""
+        if not command.overwrite:
+            command.store.refuse_taken(command.place)
+        gather = commands.Gather(command.run, command.weights_only)
+        snapshot = self._all(gather, lambda: self.executor.gather(gather, command.cursor))
+        return self.executor.write_state(command, snapshot)
 
     def _load(self, command: commands.LoadState) -> Any:
         """Rank 0 reads and checks the files, and all take what it has read.
@@ -237,7 +245,7 @@ class Team:
         run = self.executor.run(told.run)
         if run.sharded:
             gather = commands.Gather(run.name)
-            self._mirrors[run.name] = self._all(gather, lambda: self.executor.snapshot_of(run))
+            self._mirrors[run.name] = self._all(gather, lambda: self.executor.gather(gather))
 
     def _start(self) -> Group:
         port = find_free_network_port()
@@ -328,7 +336,7 @@ class Team:
             return self._mirrors[run.name]
         group, run.group = run.group, ALONE
         try:
-            return self.executor.snapshot_of(run)
+            return self.executor.gather(commands.Gather(run.name))
         finally:
             run.group = group
 
