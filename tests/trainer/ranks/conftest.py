@@ -17,7 +17,10 @@ from plait.trainer.engine import commands
 from plait.trainer.engine.controller import Engine, EngineSettings
 from plait.trainer.engine.runs import Run
 from plait.trainer.optimiser import StepSettings
+from plait.trainer.places import Place
+from plait.trainer.source import Source
 from plait.trainer.spec import LoraSpec, ModelSpec
+from plait.trainer.store import Store
 
 SGD = StepSettings(optimizer="sgd", learning_rate=0.001)
 
@@ -64,12 +67,13 @@ class Driver:
 
     def save(self) -> Path:
         self._saved += 1
-        folder = self.folder / f"{self.name}-{self._saved}"
-        self.engine.submit(commands.SaveState(self.name, folder)).result()
-        return folder
+        place = Place(self.name, "weights", str(self._saved))
+        self.engine.submit(commands.SaveState(self.name, Store(self.folder), place)).result()
+        return place.under(self.folder)
 
     def load(self, folder: Path) -> None:
-        self.engine.submit(commands.LoadState(self.name, folder, with_optimizer=True)).result()
+        source = Source(Store(self.folder), str(folder))
+        self.engine.submit(commands.LoadState(self.name, source, with_optimizer=True)).result()
 
     def pending(self) -> dict[str, Tensor]:
         """The summed gradients that no step has used."""
