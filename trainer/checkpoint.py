@@ -17,7 +17,7 @@ No file is a pickle and none is executed.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import copy as copy_of
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,23 +125,13 @@ def write(
     write_manifest(folder, built, state.step if state else None, metadata)
 
 
-def load(
-    folder: Path,
-    built: Built,
-    *,
-    with_state: bool = True,
-    accept: Callable[[State | None], None] = lambda _: None,
-) -> State | None:
+def load(folder: Path, built: Built, *, with_state: bool = True) -> State | None:
     """Copy a checkpoint's weights into `built` and return its state.
-
-    Args:
-        accept: Is given the state before anything is copied; what it raises refuses the checkpoint.
 
     Raises:
         DamagedCheckpointError, CheckpointError: as `read`. Nothing was changed.
     """
     snapshot = read(folder, built, with_state=with_state)
-    accept(snapshot.state)
     put_weights(built, snapshot.weights)
     return snapshot.state
 

@@ -18,6 +18,7 @@ from plait.stream import Message, Sample, pack, render
 from plait.trainer import checkpoint, identity
 from plait.trainer.build import Built, build
 from plait.trainer.config import config_from
+from plait.trainer.files import json_text
 from plait.trainer.manifest import MANIFEST, read_manifest, sha256_of, verify, write_sealed
 from plait.trainer.optimiser import make_optimizer
 from plait.trainer.spec import LoraSpec, ModelSpec
@@ -160,7 +161,7 @@ def test_a_setting_changed_in_the_manifest_is_refused(
 ) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["spec"]["lora"]["alpha"] = 1.0
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json_text(manifest))
     with pytest.raises(CheckpointError, match=r"manifest\.json is not what was saved"):
         checkpoint.load(folder, saved[1])
 
