@@ -184,7 +184,9 @@ class Team:
                 child.send(command)
         except ModelError as error:
             return [error for _ in rows]
-        outcomes = [self._here(mine), *(_outcome(child) for child in active)]
+        outcomes = [self._here(mine)]
+        well = not isinstance(outcomes[0], Exception)
+        outcomes += [_outcome(child, waits=well) for child in active]
         lost = next(
             (one for one in outcomes if isinstance(one, RankDiedError | OutOfStepError)), None
         )
@@ -368,9 +370,9 @@ class Team:
         put_weights(view.built, weights)
 
 
-def _outcome(child: Child) -> Outcome:
+def _outcome(child: Child, waits: bool) -> Outcome:
     try:
-        found: Outcome = child.answer()
+        found: Outcome = child.answer(waits=waits)
         return found
     except Exception as error:
         return error
