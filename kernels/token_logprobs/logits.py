@@ -27,4 +27,4 @@ def _products(hidden: Tensor, weight: Tensor) -> Tensor:
     # A block of the vocabulary at a time, as in `cpu.Head`: the whole weight in float32 would take
     # twice the memory that it has.
     wide = hidden.float()
-    return torch.cat([wide @ block.float().T for block in weight.split(BLOCK)], -1)
+    return torch.cat([wide @ block.float().T for block in torch.split(weight, BLOCK)], -1)

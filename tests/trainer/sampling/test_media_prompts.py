@@ -205,6 +205,21 @@ def test_other_media_in_the_same_text_are_not_shared(room: Room, desk: Any, medi
     assert outcomes[0].rows[0].logprobs != outcomes[1].rows[0].logprobs
 
 
+def test_a_file_is_not_read_again_once_it_is_loaded(
+    room: Room, desk: Any, tmp_path: Path, write_sound: Callable[[Path, int], None]
+) -> None:
+    """It may be another by the time that a prompt is read, or gone."""
+    file = tmp_path / "sound.wav"
+    write_sound(file, 7)
+    one = asked(room.built, [Audio(file), Text(BEGINNING)])
+    file.unlink()
+    made = room.built
+    request = Request(made.model, made.tokenizer, made.layout, one.prompt, one.inputs, GREEDY)
+    (outcome,) = desk(Sampler(made.model.backbone)).answer(request)
+    (row,) = outcome.rows
+    assert row.logprobs == pytest.approx(room.trained(one, row.tokens), abs=1e-4)
+
+
 def spied(monkeypatch: pytest.MonkeyPatch, mine: SamplerSettings) -> dict[Any, list[Tensor]]:
     """What the tokens of one request are chosen from, by sample; the choice itself goes on."""
     seen: dict[Any, list[Tensor]] = {}
