@@ -127,7 +127,6 @@ class Job:
     running: list[Continuation] = field(default_factory=list)
     finished: dict[int, Generated] = field(default_factory=dict)
     scores: PromptScores | None = None
-    cancelled: bool = False
 
     @property
     def reads(self) -> bool:

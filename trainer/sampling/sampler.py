@@ -134,8 +134,8 @@ class Sampler:
 
     def cancel(self, job: Job) -> None:
         """End a request at the beginning of the next step; harmless for one that is done."""
-        job.cancelled = True
-        self._cancelled.append(job)
+        if job in self._jobs or job in self._waiting:
+            self._cancelled.append(job)
 
     def fail(self, error: BaseException) -> None:
         """End every request with an error."""
