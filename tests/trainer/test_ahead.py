@@ -190,3 +190,16 @@ def test_a_document_in_two_commands_is_there_for_both(blocked: Blocked) -> None:
     assert first == second and third == [first[0], first[0]]
     assert len(blocked.threads) == 6
     blocked.until(lambda: blocked.empty)
+
+
+def test_what_was_decoded_in_its_turn_is_not_decoded_again(
+    blocked: Blocked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its turn came before there was room for it."""
+    monkeypatch.setattr(blocked.ahead, "_most", -1)
+    blocked.train(blocked.documents(1, 2, 3)).result()
+    assert blocked.threads == 3 * ["plait-engine"]
+    monkeypatch.setattr(blocked.ahead, "_most", 100 * ONE)
+    blocked.train(blocked.documents(4)).result()
+    blocked.until(lambda: not blocked.ahead._pending and blocked.ahead._working == 0)
+    assert len(blocked.threads) == 4 and blocked.empty
