@@ -107,7 +107,7 @@ def plain_loss(model: PlaitModel, row: TokenStream) -> Tensor:
     finally:
         backbone.attention_route = route
     index = row.weights.nonzero()[:, 0]
-    logits = model.logits(hidden[index.to(hidden.device)])
+    logits = torch.nn.functional.linear(hidden[index.to(hidden.device)], model.output_weight)
     targets = row.targets[index].to(hidden.device)
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 

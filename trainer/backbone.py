@@ -8,10 +8,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from plait.errors import ModelError
 from plait.kernels.interval_attention import Intervals
+from plait.kernels.token_logprobs import output_logits
 from plait.trainer.grouped_lora import GroupedLora
 from plait.trainer.ranks.group import Group, OutOfStepError
 from plait.trainer.ranks.sharding import Guard
@@ -199,9 +200,8 @@ class Backbone:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(P, H) -> (P, V) in float32; for the few positions that are sampled from."""
-        logits = nn.functional.linear(hidden.to(self.output_weight.dtype), self.output_weight)
-        logits = logits.float()
-        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+        weight = self.output_weight
+        return output_logits(hidden.to(weight.dtype), weight, softcap=self.softcap)
 
 
 def _nothing() -> None:

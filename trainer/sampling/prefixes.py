@@ -4,28 +4,31 @@ Shape letters: T positions of a prompt.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import ReferenceType, ref
 
 import numpy as np
 from numpy.typing import NDArray
 
-from plait.stream import Document, IntArray
+from plait.stream import Document, IntArray, ItemInputs
 from plait.trainer.sampling.memory import Memory, Place
 
 SHORTEST = 16
 """Fewer positions in common are read again: linking to them costs about as much."""
 
 
-def position_keys(document: Document) -> IntArray:
+def position_keys(document: Document, inputs: Sequence[ItemInputs]) -> IntArray:
     """(T,) token ids, and below them a number for each position of each media item.
 
     Equal numbers in two documents mean equal embeddings under the same weights.
+
+    Args:
+        inputs: The document's media as they were loaded, whose content the numbers stand for.
     """
     keys = document.token_ids.astype(np.int64)
     for span in document.spans:
-        item = document.items[span.item]
-        fact = f"{item.part.digest()} {item.part.cut} {item.view} {item.plan}"
+        fact = f"{inputs[span.item].digest()} {document.items[span.item].plan}"
         first = int.from_bytes(hashlib.sha256(fact.encode()).digest()[:6], "big") << 14
         offsets = np.arange(span.offset, span.offset + span.length)
         keys[span.start : span.stop] = -1 - (first + offsets)

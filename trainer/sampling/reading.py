@@ -15,7 +15,7 @@ def embedded(request: Request) -> Prompt:
     """The prompt, its media encoded."""
     request.model.encoders.eval()
     rows, _ = request.model.embed(pack([request.prompt], [request.inputs]))
-    keys = position_keys(request.prompt)
+    keys = position_keys(request.prompt, request.inputs)
     return Prompt(rows.embeddings, rows.positions, rows.visible.hi, rows.deeper, keys)
 
 

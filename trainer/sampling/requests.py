@@ -106,14 +106,17 @@ class Job:
     most: int
     """Tokens of each sample at most."""
 
-    banned: tuple[int, ...]
-    """Token ids that are never chosen."""
+    banned: Tensor
+    """(N,) token ids that are never chosen: one tensor for all jobs that ban the same."""
 
     first_position: int
     """Rotary position of the first generated token."""
 
     done: Callable[[list[Generated], PromptScores | None], None]
     failed: Callable[[BaseException], None]
+    number: int
+    """Its place in the order of arrival at the sampler."""
+
     prompt: Prompt | None = None
     reserved: Place | None = None
     """Room of the first of several samples."""
@@ -124,7 +127,6 @@ class Job:
     running: list[Continuation] = field(default_factory=list)
     finished: dict[int, Generated] = field(default_factory=dict)
     scores: PromptScores | None = None
-    cancelled: bool = False
 
     @property
     def reads(self) -> bool:

@@ -6,10 +6,10 @@ still read. Requests come and go between steps; weights, settings and media may 
 Shape letters: T positions of a prompt, H hidden size, V vocabulary.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from itertools import groupby
+from itertools import count, groupby
 from math import isnan
 from typing import Any
 
@@ -40,7 +40,7 @@ from plait.trainer.sampling.requests import (
 from plait.trainer.sampling.scoring import score_prompt
 from plait.trainer.sampling.settings import MOST_TOKENS
 from plait.trainer.sampling.stopping import Stops
-from plait.trainer.sampling.turns import Turns
+from plait.trainer.sampling.turns import Queues, Turns
 
 SLOTS = 16_384
 """Positions that a sampler keeps where nobody says how many."""
@@ -76,9 +76,14 @@ class Sampler:
         self.chunk = chunk if backbone.packs else None
         self.prefixes = Prefixes(self.memory)
         self._share = share and backbone.packs
-        self._waiting: deque[Job] = deque()
-        self._jobs: list[Job] = []
+        self._waiting = Queues()
+        self._jobs: dict[Job, None] = {}
         """Those that have room, in the order in which they got it."""
+
+        self._cancelled: list[Job] = []
+        self._arrivals = count()
+        self._bans: dict[tuple[int, ...], Tensor] = {}
+        """Token ids that are never chosen, as tensors on the device: few, of many requests."""
 
         self._rooms, self._rows, self._starts = Turns(), Turns(), Turns()
 
@@ -112,15 +117,25 @@ class Sampler:
             )
         first = request.layout.decode_position(prompt.positions)
         stops = Stops(request.tokenizer, request.settings.stop)
-        job = Job(request, stops, most, _banned(request), first, done, failed)
+        banned, number = self._banned(request), next(self._arrivals)
+        job = Job(request, stops, most, banned, first, done, failed, number)
         if request.prompt_logprobs or request.top_prompt_logprobs:
             job.scores = PromptScores()
-        self._waiting.append(job)
+        self._waiting.add(job)
         return job
+
+    def _banned(self, request: Request) -> Tensor:
+        """Media ids, and rows of a padded vocabulary that no token has."""
+        size = request.model.output_weight.shape[0]
+        ids = tuple(sorted({*request.layout.banned_ids, *range(len(request.tokenizer), size)}))
+        if ids not in self._bans:
+            self._bans[ids] = torch.tensor(ids, dtype=torch.long, device=self.backbone.device)
+        return self._bans[ids]
 
     def cancel(self, job: Job) -> None:
         """End a request at the beginning of the next step; harmless for one that is done."""
-        job.cancelled = True
+        if job in self._jobs or job in self._waiting:
+            self._cancelled.append(job)
 
     def fail(self, error: BaseException) -> None:
         """End every request with an error."""
@@ -141,7 +156,8 @@ class Sampler:
         if work:
             self._advance(work, self._read(work))
         elif self._waiting and not self._jobs:  # never, while `add` counts as `_open` does
-            self._fail(self._waiting[0], ModelError("the sampler's cache has no room for this"))
+            error = ModelError("the sampler's cache has no room for this")
+            self._fail(next(iter(self._waiting)), error)
         self._start_samples()
 
     def run(self) -> None:
@@ -150,18 +166,18 @@ class Sampler:
             self.step()
 
     def _drop_cancelled(self) -> None:
-        for job in [job for job in (*self._waiting, *self._jobs) if job.cancelled]:
-            self._fail(job, CancelledError("the request was cancelled"))
+        cancelled, self._cancelled = self._cancelled, []
+        for job in cancelled:
+            if job in self._jobs or job in self._waiting:
+                self._fail(job, CancelledError("the request was cancelled"))
 
     def _fail(self, job: Job, error: BaseException) -> None:
         self._release(job)
         job.failed(error)
 
     def _release(self, job: Job) -> None:
-        if job in self._waiting:
-            self._waiting.remove(job)
-        if job in self._jobs:
-            self._jobs.remove(job)
+        self._waiting.discard(job)
+        self._jobs.pop(job, None)
         for sample in job.running:
             if sample.owns_place:
                 self.memory.close(sample.place)
@@ -172,12 +188,13 @@ class Sampler:
         if job.prompt is not None and job.prompt.place is not None:
             if job.prompt.end is None:  # nobody will read the rest of it
                 self.prefixes.remove(job.prompt.place)
-            self.memory.close(job.prompt.place)
+            # Who begins with this prompt does not need the room that its sample grew into.
+            self.memory.close(job.prompt.place, job.prompt.read - job.prompt.place.before)
             job.prompt.place = None
 
     def _admit(self) -> None:
         """Give room to those that wait, owner by owner, until one finds none."""
-        for job in self._rooms.order(self._waiting):
+        for job in self._rooms.order_of(self._waiting.by_owner):
             try:
                 if job.prompt is None:
                     job.prompt = embedded(job.request)
@@ -190,8 +207,8 @@ class Sampler:
             if not admitted:
                 return
             self._rooms.serve(job)
-            self._waiting.remove(job)
-            self._jobs.append(job)
+            self._waiting.discard(job)
+            self._jobs[job] = None
 
     def _open(self, job: Job, prompt: Prompt) -> bool | None:
         """Whether there was room for the prompt; None where waiting for another's is better."""
@@ -318,7 +335,7 @@ class Sampler:
         for job in self._jobs:
             running[job.request.owner] += len(job.running)
         left = MOST_RUNNING - running.total()
-        waiting = {job.request.owner for job in self._waiting}
+        waiting = self._waiting.owners
         beginning: list[tuple[Job, Continuation, Tensor]] = []
         for job in self._starts.order([job for job in self._jobs if job.starts], running):
             prompt = job.prompt
@@ -348,16 +365,16 @@ class Sampler:
         return Continuation(number, draws, place, owns_place=not alone)
 
     def _choose(self, growing: Sequence[tuple[Job, Continuation, Tensor]]) -> None:
-        by_vocabulary: dict[tuple[int, ...], list[tuple[Job, Continuation, Tensor]]] = {}
+        by_vocabulary: dict[int, list[tuple[Job, Continuation, Tensor]]] = {}
         for one in growing:
-            by_vocabulary.setdefault(one[0].banned, []).append(one)
-        for banned, some in by_vocabulary.items():
+            by_vocabulary.setdefault(id(one[0].banned), []).append(one)
+        for some in by_vocabulary.values():
             logits = self.backbone.logits(torch.stack([hidden for *_, hidden in some]))
             tokens, logprobs = choose(
                 logits,
                 [job.request.settings for job, *_ in some],
                 [sample.draws for _, sample, _ in some],
-                torch.tensor(banned, dtype=torch.long, device=logits.device),
+                some[0][0].banned,
             )
             for (job, sample, _), token, logprob in zip(some, tokens, logprobs, strict=True):
                 if job in self._jobs:  # not one that another of its samples has ended
@@ -404,12 +421,6 @@ def _diverged(job: Job) -> ModelError:
         f"weights must give numbers; those of {name} "
         "gave NaN or infinity: they have diverged, sample from an earlier state"
     )
-
-
-def _banned(request: Request) -> tuple[int, ...]:
-    """Media ids, and rows of a padded vocabulary that no token has."""
-    size = request.model.output_weight.shape[0]
-    return tuple(sorted({*request.layout.banned_ids, *range(len(request.tokenizer), size)}))
 
 
 def most_tokens(backbone: Backbone, request: Request) -> int:

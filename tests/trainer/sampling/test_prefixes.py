@@ -4,9 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
-from plait.modalities import Audio, Image
-from plait.stream import Document
+from plait.stream import Document, Encoded, ItemInputs
 from plait.trainer.sampling.memory import Place
 from plait.trainer.sampling.prefixes import (
     Prefixes,
@@ -22,46 +22,70 @@ def text(seed: int, length: int) -> list[int]:
     return ids
 
 
-def common(one: Document, other: Document) -> int:
+Loaded = tuple[Document, list[ItemInputs]]
+
+
+def keys_of(loaded: Loaded) -> list[int]:
+    keys: list[int] = position_keys(*loaded).tolist()
+    return keys
+
+
+def common(one: Loaded, other: Loaded) -> int:
     """How many first keys are equal."""
-    pairs = zip(position_keys(one), position_keys(other), strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(one.length, other.length))
+    pairs = zip(keys_of(one), keys_of(other), strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), len(keys_of(one)))
 
 
 def test_keys_are_tokens_and_parts_of_items(whole: Any) -> None:
-    one = whole.prompt(text(1, 4), 2, text(2, 3), 4)
-    keys = position_keys(one)
-    assert keys[:4].tolist() == text(1, 4) and keys[10:13].tolist() == text(2, 3)
-    assert (keys[4:10] < 0).all() and len(set(keys[4:10].tolist())) == 6
-    assert not set(keys[4:10].tolist()) & set(keys[13:].tolist())
-    again = whole.prompt(text(1, 4), 2, text(2, 3), 4)
-    assert position_keys(again).tolist() == keys.tolist(), "of other objects with the same content"
-    assert position_keys(whole.prompt(2))[:6].tolist() == keys[4:10].tolist(), "wherever it stands"
+    def loaded(*parts: Any) -> Loaded:
+        prompt = whole.prompt(*parts)
+        return prompt, whole.inputs(prompt)
 
-
-def changed(document: Document, **facts: Any) -> Document:
-    """The document with other facts about its first item."""
-    return replace(document, items=(replace(document.items[0], **facts), *document.items[1:]))
+    keys = keys_of(loaded(text(1, 4), 2, text(2, 3), 4))
+    assert keys[:4] == text(1, 4) and keys[10:13] == text(2, 3)
+    assert max(keys[4:10]) < 0 and len(set(keys[4:10])) == 6
+    assert not set(keys[4:10]) & set(keys[13:])
+    again = loaded(text(1, 4), 2, text(2, 3), 4)
+    assert keys_of(again) == keys, "of other objects with the same content"
+    assert keys_of(loaded(2))[:6] == keys[4:10], "wherever it stands"
 
 
 def test_items_that_are_read_otherwise_are_others(whole: Any) -> None:
-    """Another picture, view, plan, or stretch of the same file."""
-    one = whole.prompt(text(1, 4), 2, text(2, 3))
-    plan = one.items[0].plan
-    waves = np.zeros(32, dtype=np.float32)
-    sounds = [Audio(waves, 8000, end=0.001), Audio(waves, 8000, start=0.001), Audio(waves, 4000)]
-    others = [
-        whole.prompt(text(1, 4), 4, text(2, 3)),
-        changed(one, view=1),
-        changed(one, plan=replace(plan, encoder="other")),
-        changed(one, plan=replace(plan, grid=(1, 3, 2))),
-        changed(one, plan=replace(plan, bidirectional=False)),
-        changed(one, part=Image(np.full((3, 2, 3), 2, dtype=np.uint8))),
-        *(changed(one, part=sound) for sound in sounds),
-    ]
+    """Other content, which is what a view or a stretch of the same file is, or another plan."""
+    prompt = whole.prompt(text(1, 4), 2, text(2, 3))
+    (loaded,), item = whole.inputs(prompt), prompt.items[0]
+    features = loaded.features.embeddings
+
+    def planned(**facts: Any) -> Document:
+        return replace(prompt, items=(replace(item, plan=replace(item.plan, **facts)),))
+
+    def content(*layers: torch.Tensor, **tensors: torch.Tensor) -> list[ItemInputs]:
+        made = Encoded(layers[0], layers[1:]) if layers else None
+        return [ItemInputs(tensors or None, made)]
+
+    others: list[Loaded] = [
+        (prompt, [loaded]),
+        *((planned(**facts), [loaded]) for facts in (
+            {"encoder": "other"}, {"grid": (1, 3, 2)}, {"bidirectional": False},
+        )),
+        (prompt, content(features + 1)),
+        (prompt, content(features, features)),
+        (prompt, content(features.T)),
+        (prompt, content(features.view(torch.int64))),
+        (prompt, content(pixels=features)),
+        (prompt, content(waves=features)),
+        (prompt, content(waves=features.bfloat16())),
+    ]  # fmt: skip
     for number, other in enumerate(others):
-        assert common(one, other) == 4
         assert all(common(other, rest) == 4 for rest in others[number + 1 :])
+
+
+def test_media_are_hashed_once(whole: Any) -> None:
+    """Many requests ask with the same loaded media."""
+    (loaded,) = whole.inputs(whole.prompt(2))
+    first = loaded.digest()
+    loaded.features.embeddings.add_(1)  # never done; it shows that nobody looks again
+    assert loaded.digest() == first
 
 
 def test_cuts_never_part_positions_that_see_one_another(whole: Any) -> None:

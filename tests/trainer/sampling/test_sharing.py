@@ -135,7 +135,52 @@ def test_repeating_a_prompt_remembers_it_once(whole: Any, desk: Any) -> None:
     for seed in range(30):
         at.answer(whole.request(model, whole.prompt(START), max_tokens=5, seed=seed))
     assert len(at.sampler.prefixes._known) == 1
-    assert at.sampler.memory.arena.size - at.sampler.memory.arena.free == LONG + 4
+    assert at.sampler.memory.arena.size - at.sampler.memory.arena.free == LONG
+
+
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_what_a_sample_grew_into_is_free_when_it_ends(
+    whole: Any, desk: Any, poisoned: Any, emptied: Any, window: bool, tokens: int
+) -> None:
+    """Its prompt is kept, for those that begin with it before and after: nothing else is."""
+    model = whole.model(window=window)
+    at = desk(poisoned(Sampler(model.backbone, chunk=20)))
+    first = at.ask(whole.request(model, whole.prompt(START), max_tokens=tokens))
+    longer = whole.request(model, whole.prompt(START, text(3, 4)), max_tokens=60)
+    at.step(3)
+    second = at.ask(longer)
+    while not first.over:
+        at.step()
+    arena = at.sampler.memory.arena
+    own = longer.prompt.length - LONG * (not window) + 59
+    assert not second.over and arena.size - arena.free in (LONG, LONG + own)
+    at.finish()
+    (third,) = at.answer(longer)
+    assert arena.size - arena.free == longer.prompt.length + LONG * window
+    assert second.tokens == third.tokens == whole.expected(longer)
+    assert first.tokens == whole.expected(
+        whole.request(model, whole.prompt(START), max_tokens=tokens)
+    )
+    assert emptied(at.sampler)
+
+
+def test_a_cancelled_prompt_keeps_only_what_others_begin_with(
+    whole: Any, desk: Any, poisoned: Any, emptied: Any
+) -> None:
+    model = whole.model()
+    at = desk(poisoned(Sampler(model.backbone, chunk=10)))
+    first = at.ask(whole.request(model, whole.prompt(text(1, 100)), max_tokens=50))
+    at.step(4)
+    request = whole.request(model, whole.prompt(text(1, 30), [1, 2]), max_tokens=50)
+    second = at.ask(request)
+    at.step()
+    at.sampler.cancel(first.job)
+    at.step()
+    arena = at.sampler.memory.arena
+    assert arena.size - arena.free == 50 + 2 + 49
+    at.finish()
+    assert second.tokens == whole.expected(request) and emptied(at.sampler)
 
 
 def test_forgotten_weights_are_read_again(whole: Any, desk: Any, emptied: Any) -> None:
@@ -196,7 +241,7 @@ def test_what_is_in_use_is_never_dropped(
 def test_what_fits_alone_is_not_refused_for_what_it_could_share(
     whole: Any, desk: Any, emptied: Any, samples: int
 ) -> None:
-    """The known place keeps the room that its sample grew into: both do not fit."""
+    """What is known, and what begins with it, do not both fit."""
     model = whole.model()
     at = desk(Sampler(model.backbone, slots=100))
     first = whole.request(model, whole.prompt(text(1, 40)), max_tokens=41)
