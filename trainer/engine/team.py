@@ -355,8 +355,8 @@ class Team:
             return
         self._all(create, lambda: _adopt(built, executor.execute(create)))
         executor.runs[name].built = built
-        executor.runs[name].failure = run.failure
         self._all(restore, lambda: executor.execute(restore))
+        executor.runs[name].failure = run.failure
 
     def _recreate_view(self, name: str, view: View) -> None:
         executor = self.executor

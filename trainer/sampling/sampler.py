@@ -146,9 +146,13 @@ class Sampler:
         """Give up what was read with a model's weights."""
         self.prefixes.forget(model)
 
-    @torch.inference_mode()
     def step(self) -> None:
         """Admit what there is room for, read one row, choose tokens."""
+        # Shards that were gathered in inference mode could never be trained with.
+        with torch.no_grad() if self.backbone.sharded else torch.inference_mode():
+            self._step()
+
+    def _step(self) -> None:
         self.backbone.train(False)
         self._drop_cancelled()
         self._admit()

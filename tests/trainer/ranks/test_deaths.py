@@ -1,5 +1,6 @@
 """A rank that is killed fails what was under way; runs go on from their last step."""
 
+import contextlib
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from plait.errors import ModelError, RankDiedError
 from plait.stream import render
@@ -42,6 +44,14 @@ def stepped(driver: Driver, samples: Any) -> int:
             return tries
         except (RankDiedError, ModelError) as error:
             assert "rank" in str(error)
+    raise AssertionError("ranks die again and again")
+
+
+def weights(driver: Driver) -> dict[str, Tensor]:
+    """Saved, and saved again where a rank died in it."""
+    for _ in range(3):
+        with contextlib.suppress(RankDiedError):
+            return driver.weights()
     raise AssertionError("ranks die again and again")
 
 
@@ -85,38 +95,41 @@ def test_pending_gradients_that_went_with_a_rank_are_told_once(
 
 
 @pytest.fixture
-def killer(pair: Engine) -> Iterator[None]:
+def kills(pair: Engine) -> Iterator[threading.Thread]:
     """Kills rank 1 at seeded moments, wherever it is then; also while it is started again."""
     moments, over = random.Random(7), threading.Event()
 
-    def kills() -> None:
-        for _ in range(5):
-            if over.wait(moments.uniform(0.05, 15.0)):
-                return
+    def kill_again() -> None:
+        for seconds in (1.0, 0.2, 9.0, 1.0, 8.5, 9.5):  # a short one hits a rank that starts
             before = pair._work.team.pids
-            if before:
+            if over.wait(seconds + moments.random()):
+                return
+            if before and before == pair._work.team.pids:
                 kill(pair)
             while pair._work.team.pids in ([], before) and not over.is_set():
-                time.sleep(0.05)
+                time.sleep(0.01)
 
-    thread = threading.Thread(target=kills)
+    thread = threading.Thread(target=kill_again)
     thread.start()
-    yield
+    yield thread
     over.set()
     thread.join()
 
 
 @pytest.mark.slow
 def test_deaths_at_any_moment_lose_no_step(
-    pair: Engine, alone: Engine, drive: Make, lab: Any, killer: None
+    pair: Engine, alone: Engine, drive: Make, lab: Any, kills: threading.Thread
 ) -> None:
     two, one = drive(pair, "full"), drive(alone, "full")
-    for _ in range(30):
-        one.submit(lab.samples)
-        one.step(MOMENTUM).result()
+    steps = 0
+    while kills.is_alive():
         stepped(two, lab.samples)
-    assert two.run.steps == 30
-    assert_close(two.weights(), one.weights(), 1e-5)
+        steps += 1
+        if steps <= 20:  # then round-off has grown too far to be compared
+            one.submit(lab.samples)
+            one.step(MOMENTUM).result()
+            assert_close(weights(two), one.weights(), 1e-4)
+    assert two.run.steps == steps
 
 
 def test_closing_ends_every_process(loss_module: Any) -> None:
