@@ -4,7 +4,7 @@ Shape letters: T positions of a row, P some of them, H hidden size, V vocabulary
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -190,6 +190,10 @@ class Backbone:
         except Exception as error:
             raise OutOfStepError(f"reading a row over shards failed: {error}") from error
         self.guard.check()
+
+    def without_gradients(self) -> AbstractContextManager[Any]:
+        """For reading alone; shards that were gathered in inference mode could never train."""
+        return torch.no_grad() if self.sharded else torch.inference_mode()
 
     def spare(self) -> Rows:
         """A row of one position, for a rank that has nothing to read."""

@@ -277,11 +277,20 @@ class RunConfig:
     threads: int = 0
     """CPU threads of torch; 0 is one per core."""
 
+    devices: int = 1
+    """Ranks that train together, one on each GPU, or as so many processes on a CPU. The packs of a
+    step are shared out among them, so that the result does not depend on it."""
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """How several devices share the model: each has all of it ("ddp"), or the layers of the
+    language model are cut into shards ("fsdp")."""
+
     views: Views = field(default_factory=Views)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        check_number("devices", self.devices, "[1, inf)", whole=True)
         check_number("threads", self.threads, "[0, inf)", whole=True)
         check_number("seed", self.seed, "[0, inf)", whole=True)
 

@@ -1,6 +1,6 @@
 """The optimisation loop of `plait train`: a Lightning module with manual optimisation.
 
-The model is the same plain module that the engine drives; Lightning brings devices, loggers and
+The steps are the engine's, on as many ranks as there are; Lightning brings the loop, loggers and
 progress. Whatever must be exact (order of rows, state, checkpoints) is ours and happens at the end
 of an optimiser step, in this order: step, log, validate, checkpoint, stop.
 """
@@ -16,15 +16,17 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 from plait.datasets.assembly import Pack
 from plait.datasets.loader import Loader
-from plait.stream import pack as join
 from plait.trainer.config import TrainConfig
+from plait.trainer.engine.learning import Learner
 from plait.trainer.model import PlaitModel
-from plait.trainer.optimiser import make_optimizer, prepare_step, refuse_untrained
 from plait.trainer.schedule import settings_at
-from plait.trainer.together import Part, computed
 
 ROWS_DRAWN = "rows/"
 """Before the name of a dataset: its rows trained on so far, in logs."""
+
+
+Turn = list[Pack]
+"""What the ranks compute at the same time."""
 
 
 @dataclass(slots=True)
@@ -57,7 +59,7 @@ class PlaitModule(lightning.LightningModule):
 
     def __init__(
         self,
-        model: PlaitModel,
+        learner: Learner,
         loader: Loader,
         config: TrainConfig,
         progress: Progress,
@@ -65,13 +67,15 @@ class PlaitModule(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.model = model
-        self.loader, self.config = loader, config
+        self.learner, self.loader, self.config = learner, loader, config
         self.progress, self.hooks = progress, hooks
-        self.trainable = list(model.trainable())
-        self.optimizer = make_optimizer(self.trainable)
         self._loss = self._weight = 0.0
         self._packs = self._positions = 0
+
+    @property
+    def model(self) -> PlaitModel:
+        """Not a part of this module: its devices are the engine's to choose."""
+        return self.learner.built.model
 
     @property
     def finished(self) -> bool:
@@ -81,22 +85,22 @@ class PlaitModule(lightning.LightningModule):
         return impatient or self.progress.step >= self.config.steps or self.loader.ended
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer
+        return self.learner.run.optimizer_for(settings_at(0, self.config))
 
-    def transfer_batch_to_device(self, batch: Pack, device: torch.device, index: int) -> Pack:
-        """A pack stays on the CPU: the model moves what it reads."""
+    def transfer_batch_to_device(self, batch: Turn, device: torch.device, index: int) -> Turn:
+        """Packs stay on the CPU: the model moves what it reads."""
         del device, index
         return batch
 
-    def training_step(self, pack: Pack, batch_index: int) -> None:
+    def training_step(self, packs: Turn, batch_index: int) -> None:
         del batch_index
-        self.loader.account(pack)
-        with computed([Part(self.model, join(pack.documents, pack.inputs))]) as [sums]:
-            self.manual_backward(sums.loss)
-        self._loss += float(sums.loss.detach())
-        self._weight += sums.weight
-        self._positions += pack.length
-        self._packs += 1
+        for pack in packs:
+            self.loader.account(pack)
+        loss, weight = self.learner.learn(packs)
+        self._loss += loss
+        self._weight += weight
+        self._positions += sum(pack.length for pack in packs)
+        self._packs += len(packs)
         if self._packs == self.config.accumulate:
             self._step()
 
@@ -106,14 +110,8 @@ class PlaitModule(lightning.LightningModule):
             self._step()
 
     def _step(self) -> None:
-        if self.progress.step == 0:
-            refuse_untrained(self.trainable)
         settings = settings_at(self.progress.step, self.config)
-        metrics = prepare_step(self.trainable, self.optimizer, settings, self._weight)
-        optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
-        optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        metrics = {"grad_norm": self.learner.step(settings)["grad_norm:mean"]}
         self.progress.step += 1
         nll = self._loss / self._weight
         self.progress.history.append(nll)
@@ -157,16 +155,33 @@ class PlaitModule(lightning.LightningModule):
 
 @dataclass(slots=True)
 class Remaining:
-    """The packs of the steps that are left, with their number, for the progress bar."""
+    """The packs of the steps that are left, by turns of the ranks; none goes over a step's end.
+
+    Args:
+        steps: That are left.
+        accumulate: Packs of a step.
+        ranks: Packs of a turn at most.
+    """
 
     loader: Loader
-    count: int
+    steps: int
+    accumulate: int
+    ranks: int
 
     def __len__(self) -> int:
-        return self.count
+        """Turns, for the progress bar."""
+        return self.steps * -(-self.accumulate // self.ranks)
 
-    def __iter__(self) -> Iterator[Pack]:
-        return islice(self.loader.packs(), self.count)
+    def __iter__(self) -> Iterator[Turn]:
+        turn: list[Pack] = []
+        packs = islice(self.loader.packs(), self.steps * self.accumulate)
+        for number, pack in enumerate(packs, start=1):
+            turn.append(pack)
+            if len(turn) == self.ranks or number % self.accumulate == 0:
+                yield turn
+                turn = []
+        if turn:
+            yield turn
 
 
 class TrainingBar(RichProgressBar):
@@ -185,9 +200,12 @@ class TrainingBar(RichProgressBar):
 
 def fit(module: PlaitModule, loggers: list[Any]) -> None:
     """Run the steps that are left."""
-    left = (module.config.steps - module.progress.step) * module.config.accumulate
+    config, learner = module.config, module.learner
+    left = Remaining(
+        module.loader, config.steps - module.progress.step, config.accumulate, learner.ranks
+    )
     trainer = lightning.Trainer(
-        accelerator="auto",
+        accelerator="cpu",
         devices=1,
         max_epochs=1,
         logger=loggers,
@@ -198,4 +216,4 @@ def fit(module: PlaitModule, loggers: list[Any]) -> None:
         inference_mode=False,
     )
     module.model.train()
-    trainer.fit(module, train_dataloaders=Remaining(module.loader, left))
+    trainer.fit(module, train_dataloaders=left)

@@ -38,10 +38,11 @@ from plait.errors import (
 from plait.modalities import Limits
 from plait.stream import Sample
 from plait.trainer import checkpoint
-from plait.trainer.build import Built, build, parameter_counts
+from plait.trainer.build import Built, parameter_counts
 from plait.trainer.checks import packing_warning
 from plait.trainer.config import RunConfig, plain
 from plait.trainer.data import open_data
+from plait.trainer.engine.learning import Learner, learner_of
 from plait.trainer.evaluation.exchanges import answer_of, prompt_text
 from plait.trainer.evaluation.nll import nll, per_token
 from plait.trainer.evaluation.suite import Measured
@@ -78,18 +79,27 @@ class TrainingRun:
         PlaitError: whatever stops the run; what was saved stays, and a next call goes on from it.
         """
         torch.set_num_threads(self.config.threads or os.cpu_count() or 1)
-        bench = self.prepare()
         most = self.config.train.cache_disk_mb * 1_000_000
-        with FeatureFolder(home() / "features", most) as features:
+        with (
+            closing(self.load()) as learner,
+            FeatureFolder(home() / "features", most) as features,
+        ):
+            bench = self.prepare(learner.built)
             self.compute_features(bench, features)
             before = self.measure_before(bench)
-            progress = self.train(bench)
-            return self.finish(bench, before, progress)
+            progress = self.train(bench, learner)
+            return self.finish(bench, learner, before, progress)
 
-    def prepare(self) -> Workbench:
-        """Load the model, open the rows, and check that packing changes nothing."""
+    def load(self) -> Learner:
+        """Start the ranks, and load the model on each."""
+        config = self.config
         with self.phases("load"):
-            built = build(self.config.model, self.config.seed, self.config.data.limits)
+            return learner_of(
+                config.model, config.seed, config.data.limits, config.devices, config.strategy
+            )
+
+    def prepare(self, built: Built) -> Workbench:
+        """Open the rows, and check that packing changes nothing."""
         with self.phases("plan"):
             with bar(self.console, "comparing pictures") as advance:
                 data = open_data(self.config.data, advance)
@@ -141,15 +151,15 @@ class TrainingRun:
         count = min(self.config.evaluation.captions, len(test))
         return [test[i * len(test) // count] for i in range(count)]
 
-    def train(self, bench: Workbench) -> Progress:
+    def train(self, bench: Workbench, learner: Learner) -> Progress:
         self._losses = LossTable(self.folder / "losses.csv", _row_columns(bench))
         with (
             self.phases("train"),
             closing(Ledger(self.folder / "ledger.jsonl")) as ledger,
             bench.loader(ledger) as loader,
         ):
-            module = self._module(bench, loader)
-            self._resume(bench.built, module, loader)
+            module = self._module(bench, learner, loader)
+            self._resume(learner, module, loader)
             if not module.finished:
                 self._fit(module)
             self._rows = loader.drawn
@@ -161,15 +171,15 @@ class TrainingRun:
             )
         return progress
 
-    def _module(self, bench: Workbench, loader: Any) -> PlaitModule:
+    def _module(self, bench: Workbench, learner: Learner, loader: Any) -> PlaitModule:
         hooks = Hooks(
             log=self._log,
             validate=lambda: self._validate(bench),
-            keep_best=lambda step: self._keep_best(bench.built, step),
-            checkpoint=lambda step: self._checkpoint(bench.built, module, loader, step),
+            keep_best=lambda step: self._keep_best(learner, step),
+            checkpoint=lambda step: self._checkpoint(module, loader, step),
             stop_requested=self._stop.is_set,
         )
-        module = PlaitModule(bench.built.model, loader, self.config.train, Progress(), hooks)
+        module = PlaitModule(learner, loader, self.config.train, Progress(), hooks)
         return module
 
     def _fit(self, module: PlaitModule) -> None:
@@ -192,24 +202,24 @@ class TrainingRun:
     def _checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
-    def _keep_best(self, built: Built, step: int) -> None:
-        checkpoint.save(self._checkpoints / f"best-{step:06d}", built)
+    def _keep_best(self, learner: Learner, step: int) -> None:
+        folder, kept = self._checkpoints / f"best-{step:06d}", learner.snapshot(weights_only=True)
+        checkpoint.save(folder, learner.built, weights=kept.weights)
 
-    def _checkpoint(self, built: Built, module: PlaitModule, loader: Any, step: int) -> None:
+    def _checkpoint(self, module: PlaitModule, loader: Any, step: int) -> None:
         with writing(self.folder / "logs"):
             for logger in self._loggers:
                 logger.save()
-        state = checkpoint.capture(
-            module.optimizer,
-            step,
-            torch.get_rng_state(),
-            loader=loader.state_dict(),
-            progress=asdict(module.progress),
-            losses=self._losses.state(),
-            phases=self.phases.state("train"),
-        )
+        snapshot = module.learner.snapshot()
+        assert snapshot.state is not None
+        snapshot.state.extra = {
+            "loader": loader.state_dict(),
+            "progress": asdict(module.progress),
+            "losses": self._losses.state(),
+            "phases": self.phases.state("train"),
+        }
         newest = self._checkpoints / f"step-{step:06d}"
-        checkpoint.save(newest, built, state)
+        checkpoint.save(newest, module.learner.built, snapshot.state, weights=snapshot.weights)
         self._prune(newest, module.progress.best_step)
 
     def _prune(self, newest: Path, best_step: int) -> None:
@@ -224,7 +234,7 @@ class TrainingRun:
         for path in [*later, *earlier[: -self.config.train.keep_checkpoints], *best]:
             checkpoint.delete(path)
 
-    def _resume(self, built: Built, module: PlaitModule, loader: Any) -> None:
+    def _resume(self, learner: Learner, module: PlaitModule, loader: Any) -> None:
         """Go on from the newest checkpoint that is whole.
 
         Raises:
@@ -233,14 +243,14 @@ class TrainingRun:
         saved = sorted(self._checkpoints.glob("step-*"), reverse=True)
         for folder in saved:
             try:
-                state = checkpoint.load(folder, built)
+                snapshot = checkpoint.read(folder, learner.built)
             except DamagedCheckpointError as error:
                 self.console.print(f"[yellow]warning:[/] {error}")
                 continue
+            state = snapshot.state
             if state is None:
                 continue
-            module.optimizer.load_state_dict(state.optimizer)
-            torch.set_rng_state(state.random)
+            learner.restore(snapshot)
             loader.load_state_dict(state.extra["loader"])
             self._losses.restore(state.extra["losses"])
             module.progress = Progress(**state.extra["progress"])
@@ -252,9 +262,7 @@ class TrainingRun:
                 f"a run goes on from a whole checkpoint, and none of the {len(saved)} in "
                 f"{self._checkpoints} is; add --fresh to begin anew"
             )
-        # What a run that was killed before its first checkpoint wrote is done again. Dropout draws
-        # from torch's own generator, which must not depend on what was computed before.
-        torch.manual_seed(self.config.seed)
+        # What a run that was killed before its first checkpoint wrote is done again.
         loader.ledger.restore(empty_state())
         self._losses.restore(0)
 
@@ -283,12 +291,11 @@ class TrainingRun:
             signal.signal(signal.SIGINT, before)
 
     def finish(
-        self, bench: Workbench, before: dict[str, Any], progress: Progress
+        self, bench: Workbench, learner: Learner, before: dict[str, Any], progress: Progress
     ) -> dict[str, Any]:
         """Measure the best weights on the test rows and write what the report reads."""
-        checkpoint.load(
-            self._checkpoints / f"best-{progress.best_step:06d}", bench.built, with_state=False
-        )
+        best = self._checkpoints / f"best-{progress.best_step:06d}"
+        learner.restore(checkpoint.read(best, bench.built, with_state=False))
         with self.phases("after"):
             self.console.print("measuring the trained model on the test rows")
             measured = bench.suite.measure(bench.data.test)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plait.modalities import Limits
-from plait.stream import Document
+from plait.stream import Document, ItemInputs
 from plait.trainer.checkpoint import Snapshot
 from plait.trainer.model import Objective
 from plait.trainer.optimiser import StepSettings
@@ -78,7 +78,13 @@ class MicroBatch:
     objective: Objective
     backward: bool
     place: tuple[int, ...]
-    """In the command, for what is drawn at random."""
+    """In its pass, for what is drawn at random."""
+
+    inputs: Sequence[Sequence[ItemInputs]] | None = None
+    """Of each document's media, where they are loaded already."""
+
+    behind: int = 0
+    """Passes of the run that have begun since its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +103,10 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """A run's `ForwardBackward` begins."""
+    """Training passes of a run begin: one with each `ForwardBackward`."""
 
     run: str
+    passes: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,12 @@ class Slice:
     place: tuple[int, ...] = ()
     """In its pass, which dropout is drawn from."""
 
+    inputs: Sequence[Sequence[ItemInputs]] | None = None
+    """Of each document's media, where they are loaded already."""
+
+    behind: int = 0
+    """Passes of the run that have begun since its own."""
+
 
 def compute(
     slices: Sequence[Slice],
@@ -76,7 +82,8 @@ def compute(
 
 def _part(one: Slice, load: Load) -> Part:
     documents = list(one.documents)
-    stream = pack(documents, [load(document, one.run.built) for document in documents])
+    loaded = one.inputs or [load(document, one.run.built) for document in documents]
+    stream = pack(documents, loaded)
     return Part(one.run.model, stream, one.objective, everywhere=not one.backward)
 
 
@@ -183,7 +190,7 @@ def _random_of(slices: Sequence[Slice]) -> Iterator[None]:
     device = one.run.model.device
     devices = [device] if device.type == "cuda" else []
     with _PROCESS_RANDOM, torch.random.fork_rng(devices=devices):
-        torch.manual_seed(one.run.dropout_seed(one.place))
+        torch.manual_seed(one.run.dropout_seed(one.place, one.behind))
         yield
 
 

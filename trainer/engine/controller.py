@@ -133,11 +133,15 @@ class Engine:
             DataError: a document is longer than a micro-batch.
             ModelError: several ranks need a loss that can be imported, and it cannot.
         """
-        settings = self.settings
-        if settings.devices > 1:
+        if self.settings.devices > 1:
             check_readable(objective.loss.function)
-        batches = plan(documents, settings.capacity, settings.max_documents, ranks=settings.devices)
+        batches = self.plan(documents)
         return self.submit(ForwardBackward(run, list(documents), batches, objective, backward))
+
+    def plan(self, documents: Sequence[Document]) -> list[list[int]]:
+        """The micro-batches of these documents, as indices; see `planning.plan`."""
+        settings = self.settings
+        return plan(documents, settings.capacity, settings.max_documents, ranks=settings.devices)
 
     def discard(self, command: Command) -> None:
         """Forget a run or a view when what is queued is done; never waits, and never fails."""

@@ -121,7 +121,9 @@ class Executor:
         backbone = built.model.backbone
         if self.group.sharded and not backbone.sharded and (trains or not alone):
             backbone.shard(self.group)
-            if not alone and self.group.rank == 0:
+            if alone:
+                self.bases[(name,)] = base
+            if self.group.rank == 0:
                 key = next(key for key, held in self.bases.items() if held is base)
                 backbone.before_read = partial(self.lend, key)
         for encoder in built.model.encoders:
@@ -181,12 +183,20 @@ class Executor:
             self.bases.pop(key, None)
 
     def begin(self, command: commands.Begin) -> None:
-        self.run(command.run).begin()
+        self.run(command.run).begin(command.passes)
 
     def compute(self, command: commands.Compute) -> list[list[commands.DocumentResult]]:
         """One row of micro-batches; see `computing`."""
         slices = [
-            Slice(self.run(one.run), one.documents, one.objective, one.backward, one.place)
+            Slice(
+                self.run(one.run),
+                one.documents,
+                one.objective,
+                one.backward,
+                one.place,
+                one.inputs,
+                one.behind,
+            )
             for one in command.row
         ]
         beside = self.run(command.beside) if self.group.sharded else None

@@ -52,8 +52,10 @@ class _Part:
 
     @property
     def batch(self) -> MicroBatch:
-        place = (*self.wanted.batch.place, self.start)
-        return replace(self.wanted.batch, documents=self.documents, place=place)
+        whole = self.wanted.batch
+        inputs = None if whole.inputs is None else whole.inputs[self.start : self.stop]
+        place = (*whole.place, self.start)
+        return replace(whole, documents=self.documents, place=place, inputs=inputs)
 
     def cut(self, at: int) -> "list[list[_Part]]":
         return [

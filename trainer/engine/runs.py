@@ -56,7 +56,7 @@ class Run:
         self.failure: str | None = None
         """What went wrong in a forward_backward since the last step."""
 
-        self._weight = 0.0
+        self._weight, self._begun = 0.0, 0
         self._dropouts = adapter_dropouts(built)
         self.draws = bool(self._dropouts) or draws(built)
         """Whether training draws random numbers, which then must be this run's alone."""
@@ -94,19 +94,21 @@ class Run:
         for module in self._dropouts:
             module.training = mode
 
-    def dropout_seed(self, place: Sequence[int]) -> int:
+    def dropout_seed(self, place: Sequence[int], behind: int) -> int:
         """What one micro-batch's dropout is drawn from, on whichever rank it is computed.
 
         Args:
             place: Where the micro-batch stands in its pass.
+            behind: Passes that have begun since.
         """
-        sequence = np.random.SeedSequence([self.seed, self.passes, *place])
+        sequence = np.random.SeedSequence([self.seed, self.passes - behind, *place])
         return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
-    def begin(self) -> None:
-        """Before the first micro-batch of a forward_backward."""
+    def begin(self, passes: int = 1) -> None:
+        """Before the first micro-batch of a forward_backward, or of several at once."""
         self._weight = 0.0
-        self.passes += 1
+        self._begun = passes
+        self.passes += passes
         self._empty()
 
     def give(self, gradients: Sequence[Tensor | None]) -> None:
@@ -134,7 +136,7 @@ class Run:
     def abandon(self, reason: str) -> None:
         """Where a forward_backward failed: nothing of it stays."""
         self._weight = 0.0
-        self.passes -= 1
+        self.passes -= self._begun
         self._empty()
         self.failure = reason
 

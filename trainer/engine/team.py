@@ -149,8 +149,12 @@ class Team:
         if not command.overwrite:
             command.store.refuse_taken(command.place)
         gather = commands.Gather(command.run, command.weights_only)
-        snapshot = self._all(gather, lambda: self.executor.gather(gather, command.cursor))
-        return self.executor.write_state(command, snapshot)
+        return self.executor.write_state(command, self.gather(gather, command.cursor))
+
+    def gather(self, command: commands.Gather, cursor: Any = None) -> Snapshot:
+        """A run as it is, in this rank's memory."""
+        made: Snapshot = self._all(command, lambda: self.executor.gather(command, cursor))
+        return made
 
     def _load(self, command: commands.LoadState) -> Any:
         """Rank 0 reads and checks the files, and all take what it has read.
@@ -158,9 +162,12 @@ class Team:
         Returns the cursor that was saved with the state, if the state was asked for.
         """
         snapshot = self.executor.read_state(command)
-        restore = commands.Restore(command.run, snapshot)
-        self._all(restore, lambda: self.executor.execute(restore))
+        self.restore(commands.Restore(command.run, snapshot))
         return None if snapshot.state is None else snapshot.state.extra.get("cursor")
+
+    def restore(self, command: commands.Restore) -> None:
+        """Put a run where a snapshot has it, on all ranks."""
+        self._all(command, lambda: self.executor.execute(command))
 
     def compute(self, rows: Sequence[Sequence[MicroBatch]]) -> list[list[Result]]:
         """The micro-batches of at most one row for each rank; what fails is tried in pieces.
@@ -247,7 +254,7 @@ class Team:
         run = self.executor.run(told.run)
         if run.sharded:
             gather = commands.Gather(run.name)
-            self._mirrors[run.name] = self._all(gather, lambda: self.executor.gather(gather))
+            self._mirrors[run.name] = self.gather(gather)
 
     def _start(self) -> Group:
         port = find_free_network_port()

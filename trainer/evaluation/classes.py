@@ -14,7 +14,6 @@ from plait.trainer.sampling.branches import Branches
 PROMPTS_AT_ONCE = 8
 
 
-@torch.inference_mode()
 def class_accuracy(
     model: PlaitModel,
     reader: Reader,
@@ -31,8 +30,9 @@ def class_accuracy(
     names = [tokenizer(f"{name}:", add_special_tokens=False).input_ids for name in classes]
     prompts = [prompt_of(sample) for sample in samples]
     best: list[int] = []
-    for some in reader.prompts(prompts, PROMPTS_AT_ONCE):
-        best += _scores(model, layout, some, names).argmax(1).tolist()
+    with model.backbone.without_gradients():
+        for some in reader.prompts(prompts, PROMPTS_AT_ONCE):
+            best += _scores(model, layout, some, names).argmax(1).tolist()
     right = [classes[i] == sample.label for i, sample in zip(best, samples, strict=True)]
     return sum(right) / len(samples)
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from plait.stream import Sample
@@ -18,14 +17,14 @@ Sums = Sequence[tuple[float, float]]
 """(summed nll in nats, summed weight) of each sample."""
 
 
-@torch.inference_mode()
 def nll(model: PlaitModel, reader: Reader, samples: Sequence[Sample]) -> list[tuple[float, float]]:
     """(summed nll in nats, summed weight) of each sample's learned tokens, the end included."""
     model.eval()
     sums: list[tuple[float, float]] = [(0.0, 0.0)] * len(samples)
-    for held, stream in reader.streams(samples):
-        for number, pair in zip(held, model.compute(stream).documents, strict=True):
-            sums[number] = pair
+    with model.backbone.without_gradients():
+        for held, stream in reader.streams(samples):
+            for number, pair in zip(held, model.compute(stream).documents, strict=True):
+                sums[number] = pair
     return sums
 
 

@@ -148,8 +148,7 @@ class Sampler:
 
     def step(self) -> None:
         """Admit what there is room for, read one row, choose tokens."""
-        # Shards that were gathered in inference mode could never be trained with.
-        with torch.no_grad() if self.backbone.sharded else torch.inference_mode():
+        with self.backbone.without_gradients():
             self._step()
 
     def _step(self) -> None:
