@@ -20,6 +20,10 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add_recipe(parser)
     parser.add_argument(
+        "--devices", type=int, metavar="N",
+        help="train on so many GPUs, or in so many processes on a CPU; nothing else is to be run",
+    )  # fmt: skip
+    parser.add_argument(
         "--fresh", action="store_true", help="delete what the run's folder holds and start anew"
     )
 
@@ -27,6 +31,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def _train(words: argparse.Namespace) -> None:
     from plait.trainer.run import train
 
+    if words.devices is not None:
+        words.set = [*words.set, f"devices={words.devices}"]
     console, config = terminal(), recipe_of(words)
     metrics = train(config, console, fresh=words.fresh)
     if metrics is None:

@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -36,11 +37,16 @@ class ServiceClient(AsyncNames):
         folder: Where `save_state` keeps checkpoints; `$PLAIT_HOME/runs` by default. What killed
             processes left there is cleared away, and what expired.
         limits: How large a media file may be before it is refused.
+        devices: Ranks that train together, one on each GPU, or as so many processes on a CPU. They
+            are started here; nothing else is to be run.
+        strategy: How they share a model: "ddp", each has all of it, or "fsdp", the layers of the
+            language model are cut into shards.
         engine: How much is computed and kept at once.
         clock: Seconds since the epoch, by which checkpoints expire.
 
     Raises:
-        ConfigError: an address instead of a folder.
+        ConfigError: an address instead of a folder, or several devices where this process
+            uses torch.distributed already.
     """
 
     def __init__(
@@ -48,6 +54,8 @@ class ServiceClient(AsyncNames):
         folder: str | Path | None = None,
         *,
         limits: Limits = Limits(),  # noqa: B008  (frozen)
+        devices: int = 1,
+        strategy: str = "ddp",
         engine: EngineSettings | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -60,7 +68,8 @@ class ServiceClient(AsyncNames):
         self.limits = limits
         self._store = Store(self.folder, clock)
         self._store.open()
-        self._engine = Engine(engine)
+        settings = engine or EngineSettings()
+        self._engine = Engine(replace(settings, devices=devices, strategy=strategy))
 
     def create_lora_training_client(
         self,

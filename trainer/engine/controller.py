@@ -45,11 +45,10 @@ class EngineSettings:
     it is needed, and requests wait when it is full."""
 
     devices: int = 1
-    """Ranks that compute together, one on each GPU, or as so many processes on a CPU."""
+    """Ranks that compute together."""
 
     strategy: str = "ddp"
-    """How several devices share a model: "ddp", each has all of it, or "fsdp", the layers of the
-    language model are cut into shards."""
+    """How they share a model; one of `plait.trainer.ranks.group.STRATEGIES`."""
 
     def __post_init__(self) -> None:
         check_number("devices", self.devices, "[1, inf)", whole=True)

@@ -14,7 +14,7 @@ from plait.trainer.model import LEARN
 from plait.trainer.optimiser import StepSettings
 from plait.trainer.spec import ModelSpec
 
-_NAME = "train"
+_NAME = "trained"
 
 
 class Learner:

@@ -113,8 +113,8 @@ class Ranks(Group):
     def __init__(self, seat: Seat, shard: Callable[[Any, Any], Any]) -> None:
         if torch.distributed.is_initialized():
             raise ConfigError(
-                "several devices need torch.distributed, which this process uses already: start "
-                "it without torchrun, or use one device; Plait starts its ranks itself"
+                "several devices need torch.distributed, which this process uses already: close "
+                "the other client, or start without torchrun; Plait starts its ranks itself"
             )
         self.rank, self.size = seat.rank, seat.size
         self.sharded = seat.strategy == "fsdp"

@@ -15,7 +15,7 @@ from torch import Tensor
 from plait.errors import ModelError, RankDiedError
 from plait.stream import render
 from plait.trainer.engine import commands
-from plait.trainer.engine.controller import Engine, EngineSettings
+from plait.trainer.engine.controller import Engine
 from plait.trainer.optimiser import StepSettings
 from plait.trainer.sampling.settings import SamplerSettings
 from tests.trainer.ranks.conftest import Driver, Make, assert_close
@@ -130,11 +130,3 @@ def test_deaths_at_any_moment_lose_no_step(
             one.step(MOMENTUM).result()
             assert_close(weights(two), one.weights(), 1e-4)
     assert two.run.steps == steps
-
-
-def test_closing_ends_every_process(loss_module: Any) -> None:
-    engine = Engine(EngineSettings(devices=2))
-    [pid] = engine._work.team.pids
-    engine.close()
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
