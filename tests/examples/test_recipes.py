@@ -133,7 +133,7 @@ def test_sums_are_learned_from_rewards(run: Run, monkeypatch: pytest.MonkeyPatch
             return float(len(answer) % 2 == 0)
 
     def create_dataset(name: str, seed: int, size: int, **settings: int) -> Gym:
-        assert name == "chain_sum" and settings["max_terms"] == 3
+        assert name == "chain_sum" and settings["max_terms"] == 2
         sums = [(n % 10, seed + n) for n in range(size)]
         return Gym({"question": f"{a} + {b}", "answer": str(a + b),
                     "metadata": {"expression": f"{a} + {b}"}} for a, b in sums)  # fmt: skip
