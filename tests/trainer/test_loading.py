@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,11 @@ def test_a_kill_while_features_are_computed_changes_no_bit(
     assert alone == whole[name], "nor does another run's choice of pictures"
 
 
+def prepared(run: TrainingRun) -> Workbench:
+    with closing(run.load()) as learner:
+        return run.prepare(learner.built)
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_held_out_row_that_timed_out_once_stays_out_of_a_run_that_goes_on(
     fresh: bool, tiny_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -89,11 +95,11 @@ def test_a_held_out_row_that_timed_out_once_stays_out_of_a_run_that_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(ItemLoader, "__call__", stuck)
-        first = TrainingRun(config, Console(quiet=True)).prepare()
+        first = prepared(TrainingRun(config, Console(quiet=True)))
     (line,) = (tmp_path / "run" / "timeouts.jsonl").read_text().splitlines()
     assert json.loads(line)["epoch"] == -1 and json.loads(line)["row"] == slow.origin.row
     assert slow not in first.data.test and len(first.data.test) == 5
     # The machine is quick now.
-    again = TrainingRun(config, Console(quiet=True), fresh).prepare()
+    again = prepared(TrainingRun(config, Console(quiet=True), fresh))
     assert (slow in again.data.test) == fresh
     assert len(again.held_out_broken) == (0 if fresh else 1)

@@ -35,6 +35,7 @@ class WholeBackbone:
     """
 
     layers, softcap, device = 2, None, torch.device("cpu")
+    without_gradients = staticmethod(torch.inference_mode)
 
     def __init__(self, packs: bool = True, window: bool = False, context: int | None = None):
         text = SimpleNamespace(sliding_window=4 if window else None)
