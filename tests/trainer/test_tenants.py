@@ -25,6 +25,7 @@ from plait.trainer.engine.retrying import compute_rows
 from plait.trainer.engine.runs import Run
 from plait.trainer.model import LEARN
 from plait.trainer.optimiser import StepSettings
+from plait.trainer.sampling.settings import SamplerSettings
 from plait.trainer.spec import LoraSpec, ModelSpec
 
 SGD = StepSettings(optimizer="sgd", learning_rate=0.001)
@@ -309,6 +310,31 @@ def test_where_memory_ends_a_row_is_halved_and_then_refused(
     with pytest.raises(ModelError, match=r"memory ended in a micro-batch of 1 documents with \d+"):
         four.submit(0, samples).result()
     assert not any(g is not None for g in four.runs[0].gradients)
+
+
+def test_what_a_sampler_keeps_is_given_back_before_a_row_is_split(
+    four: Tenants, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training and sampling share one memory."""
+    engine, run = four.engine, four.runs[0]
+    built = engine.submit(commands.TakeView(run.name, "view")).result()
+    prompt = render(samples[0], built.tokenizer, built.layout, for_generation=True)
+    sample = commands.Sample("view", prompt, SamplerSettings(max_tokens=4, temperature=0.0))
+    first = engine.submit(sample).result().samples[0].tokens
+    [sampler] = engine.executor._samplers.values()
+    compute, seen = executor.compute, []
+
+    def full(slices: Any, *rest: Any, **options: Any) -> Any:
+        seen.append(sum(len(one.documents) for one in slices))
+        if sampler.memory.held:
+            raise torch.OutOfMemoryError("out of memory")
+        return compute(slices, *rest, **options)
+
+    monkeypatch.setattr(executor, "compute", full)
+    assert sampler.memory.held
+    four.submit(0, samples).result()
+    assert seen == [4, 4] and not sampler.memory.held
+    assert engine.submit(sample).result().samples[0].tokens == first
 
 
 def test_pairs_are_not_split_where_memory_ends(four: Tenants, samples: list[Sample]) -> None:

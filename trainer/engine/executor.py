@@ -321,6 +321,13 @@ class Executor:
                     if isinstance(error, OutOfStepError):
                         raise
 
+    def release_memory(self) -> bool:
+        """Take back what samplers keep and do not need: training and sampling share one memory."""
+        found = [sampler.release() for sampler in self._samplers.values()]
+        if any(found) and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return any(found)
+
     def fail_samples(self, error: BaseException) -> None:
         """End all requests that are under way."""
         for sampler in self._samplers.values():

@@ -69,7 +69,11 @@ _Piece = list[_Part]
 
 
 def compute_rows(
-    rows: Sequence[Sequence[MicroBatch]], attempt: Attempt, *, in_step: bool
+    rows: Sequence[Sequence[MicroBatch]],
+    attempt: Attempt,
+    *,
+    in_step: bool,
+    release: Callable[[], bool] = lambda: False,
 ) -> list[list[Result]]:
     """The result of each micro-batch of each row.
 
@@ -77,6 +81,8 @@ def compute_rows(
         rows: At most one for each rank.
         in_step: Whether one rank's failure undoes the rows of all; what failed together is then
             tried again alone.
+        release: Gives memory back that something else keeps; False where there is none. It is
+            asked before a micro-batch is split.
     """
     wanted = [[_Wanted(batch) for batch in row] for row in rows]
     waves: deque[list[_Piece]] = deque(
@@ -90,7 +96,7 @@ def compute_rows(
         for piece, outcome in zip(wave, outcomes, strict=True):
             if not isinstance(outcome, Exception):
                 _record(piece, outcome)
-            elif in_step and len(wave) > 1:
+            elif (is_out_of_memory(outcome) and release()) or (in_step and len(wave) > 1):
                 waves.append([piece])
             else:
                 waves.extend([smaller] for smaller in _smaller(piece, outcome))

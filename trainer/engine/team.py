@@ -176,7 +176,12 @@ class Team:
             RankDiedError: a rank ended; no run has gradients then.
         """
         self._require()
-        return compute_rows(rows, self._attempt, in_step=self.executor.group.sharded)
+        return compute_rows(
+            rows,
+            self._attempt,
+            in_step=self.executor.group.sharded,
+            release=self.executor.release_memory,
+        )
 
     def _attempt(self, rows: Sequence[Sequence[MicroBatch]]) -> list[Outcome]:
         """One row on each rank, an empty one where there are fewer."""

@@ -92,6 +92,10 @@ class Memory(Protocol):
     slots: int
     """Positions kept at most."""
 
+    @property
+    def held(self) -> bool:
+        """Whether it has taken memory of the device."""
+
     def open(self, capacity: int, source: Place | None = None, length: int = 0) -> Place | None:
         """Room for `capacity` positions behind the first `length` ones of `source`, which need
         not be read yet; None where there is none now."""
@@ -125,6 +129,10 @@ class KeyMemory:
         self.shares = not has_windows(backbone)
         """Whether places link to others or copy them: a window counts keys back from a query,
         over the border of a link."""
+
+    @property
+    def held(self) -> bool:
+        return any(layer.is_initialized for layer in self.cache.layers)
 
     def open(self, capacity: int, source: Place | None = None, length: int = 0) -> Place | None:
         if source is not None:
@@ -263,6 +271,10 @@ class RowMemory:
         self.backbone, self.slots = backbone, slots
         self._held = 0
         """Positions of all places that are open."""
+
+    @property
+    def held(self) -> bool:
+        return self._held > 0
 
     def open(self, capacity: int, source: Place | None = None, length: int = 0) -> Place | None:
         if self._held + capacity + length > self.slots:

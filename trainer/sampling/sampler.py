@@ -72,7 +72,8 @@ class Sampler:
         share: bool = True,
     ) -> None:
         self.backbone = backbone
-        self.memory: Memory = (KeyMemory if backbone.packs else RowMemory)(backbone, slots)
+        self._slots = slots
+        self.memory = self._new_memory()
         self.chunk = chunk if backbone.packs else None
         self.prefixes = Prefixes(self.memory)
         self._share = share and backbone.packs
@@ -86,6 +87,9 @@ class Sampler:
         """Token ids that are never chosen, as tensors on the device: few, of many requests."""
 
         self._rooms, self._rows, self._starts = Turns(), Turns(), Turns()
+
+    def _new_memory(self) -> Memory:
+        return (KeyMemory if self.backbone.packs else RowMemory)(self.backbone, self._slots)
 
     @property
     def busy(self) -> bool:
@@ -141,6 +145,15 @@ class Sampler:
         """End every request with an error."""
         for job in (*self._waiting, *self._jobs):
             self._fail(job, error)
+
+    def release(self) -> bool:
+        """Give the memory of keys back, prompts that were kept for later ones too; False where
+        requests need it, or there is none."""
+        if self.busy or not self.memory.held:
+            return False
+        self.memory = self._new_memory()
+        self.prefixes = Prefixes(self.memory)
+        return True
 
     def forget(self, model: PlaitModel) -> None:
         """Give up what was read with a model's weights."""
