@@ -16,7 +16,6 @@ from rich.console import Console
 
 from plait.encoders import feature_cache
 from plait.errors import CheckpointError, ConfigError, DataError, FailureBudgetError
-from plait.modalities import Limits
 from plait.trainer import identity
 from plait.trainer.config import RunConfig, config_from
 from plait.trainer.data import open_data
@@ -333,20 +332,21 @@ def test_a_resumed_run_counts_the_time_of_both(stopped: RunConfig) -> None:
     assert metrics["seconds"]["before"] == round(before["seconds"]["before"], 2)
 
 
-def test_a_picture_over_the_usual_limit_is_read_where_the_recipe_allows_it(
+def test_a_picture_is_as_large_as_the_recipe_allows(
     values: dict[str, Any], pictures: Path
 ) -> None:
     """From its header to the report's thumbnails."""
-    usual = Limits.__dataclass_fields__["max_image_pixels"].default
-    side = int(usual**0.5) + 1
-    [first] = open_data(config_from(values | {"data": values["data"] | {"path": str(pictures)}}
-                                    ).data).test[:1]  # fmt: skip
-    PILImage.new("L", (side, side)).save(first.media()[0].file, compress_level=1)
-    with pytest.raises(DataError, match="raise max_image_pixels"):
-        train(config_from(values | {"data": values["data"] | {"path": str(pictures)}}), QUIET)
-    data = values["data"] | {"path": str(pictures), "limits": {"max_image_pixels": 2 * usual}}
     short = values["train"] | {"steps": 1}
-    assert train(config_from(values | {"data": data, "train": short}), QUIET) is not None
+
+    def within(pixels: int) -> RunConfig:
+        data = values["data"] | {"path": str(pictures), "limits": {"max_image_pixels": pixels}}
+        return config_from(values | {"data": data, "train": short})
+
+    [first] = open_data(within(250_000).data).test[:1]
+    PILImage.new("L", (501, 501)).save(first.media()[0].file)
+    with pytest.raises(DataError, match="raise max_image_pixels"):
+        train(within(250_000), QUIET)
+    assert train(within(500_000), QUIET) is not None
 
 
 def test_preference_pairs_are_refused_by_a_loss_that_does_not_read_them(
