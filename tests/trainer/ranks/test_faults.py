@@ -171,6 +171,24 @@ def test_other_ranks_give_up_views_and_models_with_rank_0(
     assert counts[-1] == counts[0]
 
 
+def test_a_layer_that_fails_on_one_rank_is_its_call_s_error_alone(
+    pair: Engine, drive: Make, lab: Any
+) -> None:
+    two = drive(pair)
+    two.submit(lab.samples).result()
+    before, pids = two.pending(), pair._work.team.pids
+
+    def fail(*_: Any) -> None:
+        raise ValueError("this layer is broken")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(two.built.model.backbone.decoder.layers[0].mlp, "forward", fail)
+        with pytest.raises(ValueError, match="this layer is broken"):
+            two.submit(lab.samples).result()
+    assert pair._work.team.pids == pids
+    assert_close(two.pending(), before, 0.0)
+
+
 def test_a_rank_that_takes_long_alone_is_not_taken_for_dead(
     pair: Engine, strategy: str, drive: Make, lab: Any, loss_module: Path,
     monkeypatch: pytest.MonkeyPatch,
