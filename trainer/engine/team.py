@@ -6,23 +6,23 @@ dies is started again, with all others, from what rank 0 has.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 from plait.errors import ConfigError, ModelError, RankDiedError
-from plait.trainer.build import Built, trains_language
-from plait.trainer.checkpoint import Snapshot, put_weights, weights_of
+from plait.trainer.build import trains_language
+from plait.trainer.checkpoint import Snapshot
 from plait.trainer.engine import commands
 from plait.trainer.engine.commands import Command, MicroBatch
-from plait.trainer.engine.executor import Executor, View
+from plait.trainer.engine.executor import Executor
+from plait.trainer.engine.restarting import Kept, keep, put_back
 from plait.trainer.engine.retrying import Outcome, Result, compute_rows, is_out_of_memory
-from plait.trainer.engine.runs import Run
 from plait.trainer.ranks.children import Child, Start, packed, threads_each
 from plait.trainer.ranks.group import ALONE, Group, OutOfStepError, Ranks, Seat, refuse_others
 from plait.trainer.ranks.sharding import shard_layers
@@ -304,8 +304,8 @@ class Team:
             self._mirrors[run.name] = mirror
 
     def _start(self) -> Group:
-        refuse_others()  # before processes are started, which takes seconds
         accelerator = _accelerator(self.devices)
+        refuse_others()  # before processes are started, which takes seconds
         port = find_free_network_port()
         threads, path = threads_each(self.devices), tuple(sys.path)
         seats = [
@@ -363,11 +363,7 @@ class Team:
         old = self.executor
         for run in old.runs.values():
             run.lose(f"its gradients went with a rank: {why}")
-        kept = {
-            name: self._local_snapshot(run)
-            for name, run in old.runs.items()
-            if not run.sharded or name in self._mirrors  # else it was just being made
-        }
+        kept = keep(old, self._mirrors)
         if old.group.sharded:
             old.fail_samples(RankDiedError(f"{why}; sample again"))
         for left in reversed(range(_ATTEMPTS)):
@@ -379,7 +375,7 @@ class Team:
                 if not left:
                     raise
 
-    def _build_again(self, old: Executor, kept: Mapping[str, Snapshot]) -> None:
+    def _build_again(self, old: Executor, kept: Kept) -> None:
         """Every run, and every view that needs others' shards, on new processes."""
         self.executor.group.close()
         group = self._start()
@@ -387,48 +383,7 @@ class Team:
             self.executor = self._new_executor(group)
         else:
             old.group = group
-        for name, snapshot in kept.items():
-            self._recreate(name, old.runs[name], snapshot)
-        if group.sharded:
-            for name, view in old.views.items():
-                self._recreate_view(name, view)
-
-    def _local_snapshot(self, run: Run) -> Snapshot:
-        """A run as this rank has it, without asking the others."""
-        if run.sharded:
-            return self._mirrors[run.name]
-        group, run.group = run.group, ALONE
-        try:
-            return self.executor.gather(commands.Gather(run.name))
-        finally:
-            run.group = group
-
-    def _recreate(self, name: str, run: Run, snapshot: Snapshot) -> None:
-        """One run on new processes; on this one too where its shards were lost."""
-        built = run.built
-        create = commands.CreateRun(name, built.spec, built.seed, built.limits)
-        restore = commands.Restore(name, snapshot)
-        executor = self.executor
-        if not executor.group.sharded:
-            run.group = executor.group
-            self._all(create, lambda: None)
-            self._all(restore, lambda: None)
-            return
-        self._all(create, lambda: _adopt(built, executor.execute(create)))
-        executor.runs[name].built = built
-        self._all(restore, lambda: executor.execute(restore))
-        executor.runs[name].failure = run.failure
-
-    def _recreate_view(self, name: str, view: View) -> None:
-        executor = self.executor
-        if not view.built.model.backbone.sharded:
-            executor.views[name] = view
-            return
-        weights = weights_of(view.built)
-        create = commands.CreateView(name, view.built.spec, None, view.built.limits)
-        self._all(create, lambda: _adopt(view.built, executor.execute(create)))
-        executor.views[name] = View(view.built)
-        put_weights(view.built, weights)
+        put_back(kept, self.executor, self._all)
 
 
 def _accelerator(devices: int) -> str:
@@ -451,9 +406,3 @@ def _outcome(child: Child, waits: bool) -> Outcome:
         return found
     except Exception as error:
         return error
-
-
-def _adopt(built: Built, fresh: Built) -> None:
-    """Let everybody who holds `built` have what `fresh` has."""
-    for field in fields(Built):
-        setattr(built, field.name, getattr(fresh, field.name))

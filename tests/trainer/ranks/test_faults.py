@@ -5,11 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import plait
 from plait.errors import CheckpointError, ConfigError, ModelError, PlaitError, RankDiedError
 from plait.modalities import Limits
+from plait.stream import render
 from plait.trainer.engine import commands
 from plait.trainer.engine.controller import Engine, EngineSettings
 from plait.trainer.engine.team import Team
@@ -17,6 +20,7 @@ from plait.trainer.losses import Loss
 from plait.trainer.model import LEARN, Objective
 from plait.trainer.optimiser import StepSettings
 from plait.trainer.ranks import children
+from plait.trainer.sampling.settings import SamplerSettings
 from plait.trainer.source import Source
 from tests.trainer.ranks.conftest import Driver, Make, assert_close
 from tests.trainer.ranks.test_deaths import MOMENTUM, kill
@@ -247,3 +251,32 @@ def test_fewer_gpus_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="this machine has 1 and devices is 2"):
         Engine(EngineSettings(devices=2))
+
+
+def test_what_the_engine_s_settings_say_of_devices_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="this machine has 1 and devices is 3"):
+        plait.ServiceClient(tmp_path, engine=EngineSettings(devices=3, strategy="fsdp"))
+
+
+def test_views_outlive_ranks_that_die_while_others_are_started(
+    pair: Engine, drive: Make, lab: Any, deaf: list[type]
+) -> None:
+    two = drive(pair)
+    two.submit(lab.samples)
+    two.step(StepSettings(learning_rate=0.1)).result()
+    view = pair.new_name("view")
+    built = pair.submit(commands.TakeView(two.name, view)).result()
+    prompt = render(lab.samples[0], built.tokenizer, built.layout, for_generation=True)
+    sample = commands.Sample(view, prompt, SamplerSettings(max_tokens=6, temperature=0.0))
+    first = pair.submit(sample).result().samples[0]
+    deaf.append(commands.CreateView)  # if it comes to that, when ranks are started again
+    kill(pair)
+    with pytest.raises(RankDiedError):
+        two.submit(lab.samples).result()
+    again = pair.submit(sample).result().samples[0]
+    assert again.tokens == first.tokens
+    np.testing.assert_allclose(again.logprobs, first.logprobs, atol=1e-5)
+    pair.finish(commands.DropView(view))
