@@ -83,6 +83,13 @@ def weights_of(built: Built) -> Weights:
     return {name: _contiguous(tensors) for name, (tensors, _) in _weight_files(built).items()}
 
 
+def lend_weights(built: Built) -> None:
+    """Take part in `weights_of` on another rank, keeping nothing; collective where sharded."""
+    for tensors, _ in _weight_files(built).values():
+        for tensor in tensors.values():
+            whole(tensor.detach())
+
+
 def put_weights(built: Built, weights: Weights) -> None:
     """Copy what `weights_of` took from an equal model."""
     for name, (tensors, _) in _weight_files(built).items():

@@ -38,7 +38,7 @@ class ServiceClient(AsyncNames):
             processes left there is cleared away, and what expired.
         limits: How large a media file may be before it is refused.
         devices: Ranks that train together, one on each GPU, or as so many processes on a CPU. They
-            are started here; nothing else is to be run.
+            are started here; nothing else is to be run. As `engine` says where it is not given.
         strategy: How they share a model: "ddp", each has all of it, or "fsdp", the layers of the
             language model are cut into shards.
         engine: How much is computed and kept at once.
@@ -54,8 +54,8 @@ class ServiceClient(AsyncNames):
         folder: str | Path | None = None,
         *,
         limits: Limits = Limits(),  # noqa: B008  (frozen)
-        devices: int = 1,
-        strategy: str = "ddp",
+        devices: int | None = None,
+        strategy: str | None = None,
         engine: EngineSettings | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -69,7 +69,13 @@ class ServiceClient(AsyncNames):
         self._store = Store(self.folder, clock)
         self._store.open()
         settings = engine or EngineSettings()
-        self._engine = Engine(replace(settings, devices=devices, strategy=strategy))
+        self._engine = Engine(
+            replace(
+                settings,
+                devices=settings.devices if devices is None else devices,
+                strategy=strategy or settings.strategy,
+            )
+        )
 
     def create_lora_training_client(
         self,

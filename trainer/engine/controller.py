@@ -221,6 +221,9 @@ class _Work:
                 self.team.sample_step()
             else:
                 self._turn()
+            loss = self.team.take_loss()
+            if loss is not None:
+                self._fail_under_way(RankDiedError(loss))
             self._seconds[kind] += time.perf_counter() - start
         self.team.close()
 
@@ -248,9 +251,6 @@ class _Work:
                 self.team.sample(command, queued.future)
             else:
                 queued.future.set_result(self.team.execute(command))
-        except RankDiedError as error:
-            queued.future.set_exception(error)
-            self._fail_under_way(error)
         except BaseException as error:  # the caller's to raise, in the caller's thread
             queued.future.set_exception(error)
         finally:
@@ -269,7 +269,7 @@ class _Work:
             return
         try:
             results = self.team.compute([[_batch(taken) for taken in row] for row in there])
-        except RankDiedError as error:
+        except BaseException as error:
             self._fail_under_way(error)
             return
         pairs = [pair for row, found in zip(there, results, strict=True)
@@ -277,7 +277,10 @@ class _Work:
         for taken, result in pairs:
             _record(taken, result)
         for queued in dict.fromkeys(taken.queued for taken, _ in pairs):
-            self._settle(queued)
+            try:
+                self._settle(queued)
+            except BaseException as error:
+                self._fail(queued, error)
 
     def _begun(self, taken: Taken) -> bool:
         """Begin a command with its first micro-batch; False where it has failed already."""
@@ -316,7 +319,9 @@ class _Work:
         with self._changed:
             begun = self._scheduler.under_way()
         for queued in begun:
-            self.team.executor.run(queued.owner).failure = str(error)
+            run = self.team.executor.runs.get(queued.owner)
+            if run is not None:
+                run.failure = str(error)
             self._fail(queued, error)
 
 

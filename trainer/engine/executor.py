@@ -24,6 +24,7 @@ from plait.trainer.ranks.group import ALONE, Group, OutOfStepError
 from plait.trainer.ranks.sharding import refuse_unsharded
 from plait.trainer.sampling.requests import Generated, Job, PromptScores, Request
 from plait.trainer.sampling.sampler import Sampler
+from plait.trainer.source import Source
 from plait.trainer.spec import ModelSpec
 from plait.trainer.views import frozen_view
 
@@ -98,15 +99,13 @@ class Executor:
 
     def create_view(self, command: commands.CreateView) -> Built:
         built = self._built(command.spec, 0, command.limits, command.view, trains=False)
-        if command.source is not None:
-            try:
-                with command.source.reading() as folder:
-                    checkpoint.load(folder, built, with_state=False)
-            except BaseException:
-                self._release(built)
-                raise
         self.views[command.view] = View(built)
         return built
+
+    def load_view(self, name: str, source: Source) -> None:
+        """Give a view the weights of a checkpoint."""
+        with source.reading() as folder:
+            checkpoint.load(folder, self.view(name).built, with_state=False)
 
     def _built(
         self, spec: ModelSpec, seed: int, limits: Limits, name: str, *, trains: bool
@@ -214,12 +213,14 @@ class Executor:
         return self.run(command.run).step(command.settings, command.divide_by_weight)
 
     def gather(self, command: commands.Gather, cursor: Any = None) -> checkpoint.Snapshot:
-        """A run as it is, in memory; collective, and of use on rank 0 alone."""
+        """A run as it is, in memory, on rank 0 alone; collective."""
         run = self.run(command.run)
-        return checkpoint.Snapshot(
-            state=None if command.weights_only else state_of(run, cursor=cursor),
-            weights=checkpoint.weights_of(run.built) if self.group.rank == 0 or run.sharded else {},
-        )
+        state = None if command.weights_only else state_of(run, cursor=cursor)
+        if self.group.rank == 0:
+            return checkpoint.Snapshot(checkpoint.weights_of(run.built), state)
+        if run.sharded:
+            checkpoint.lend_weights(run.built)
+        return checkpoint.Snapshot({}, None)
 
     def write_state(self, command: commands.SaveState, snapshot: checkpoint.Snapshot) -> str:
         """Keep what was gathered; its digest."""

@@ -23,14 +23,22 @@ def state_of(run: Run, **extra: Any) -> State:
     state = capture(run.optimizer, run.steps, torch.tensor([run.seed, run.passes]), **extra)
     if run.optimizer is not None:
         held = state.optimizer["state"]
-        state.optimizer |= {"state": _changed(run, run.optimizer, held, whole_like)}
+        gathered = _changed(run, run.optimizer, held, lambda t, p: _kept(whole_like(t, p), run))
+        state.optimizer |= {"state": gathered}
     state.pending_weight = run.pending_weight
     state.gradients = {
-        name: whole(gradient)
+        name: _kept(whole(gradient), run)
         for (_, name, _), gradient in zip(run.trainable, gradients, strict=True)
         if gradient is not None
     }
     return state
+
+
+def _kept(tensor: Tensor, run: Run) -> Tensor:
+    """A copy in the memory of rank 0's host, which no later step changes; nothing on others."""
+    if run.group.rank > 0:
+        return tensor.new_empty(0)
+    return tensor.detach().to("cpu", copy=True)
 
 
 def check(run: Run, folder: Path, state: State | None) -> None:
@@ -38,8 +46,10 @@ def check(run: Run, folder: Path, state: State | None) -> None:
 
     Raises:
         CheckpointError: there is none, or it is of other parts.
+        ConfigError: its optimiser cannot step on shards, and there are some.
     """
     kind = ADAM_W if state is None else state.kind
+    run.refuse_on_shards(kind)
     check_state(folder, state, make_optimizer(run.stepped, kind))
 
 

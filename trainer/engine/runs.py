@@ -72,14 +72,21 @@ class Run:
         Raises:
             ConfigError: it cannot step on shards, and there are some.
         """
-        if settings.optimizer not in ELEMENTWISE and self.sharded:
-            raise ConfigError(
-                f"optimizer {settings.optimizer!r} needs whole weights, which strategy 'fsdp' cuts "
-                f"into shards; use one of {', '.join(ELEMENTWISE)}"
-            )
+        self.refuse_on_shards(settings.optimizer)
         if self.optimizer is None:
             self.optimizer = make_optimizer(self.stepped, settings.optimizer, settings.arguments)
         return self.optimizer
+
+    def refuse_on_shards(self, optimizer: str) -> None:
+        """
+        Raises:
+            ConfigError: it cannot step on shards, and there are some.
+        """
+        if optimizer not in ELEMENTWISE and self.sharded:
+            raise ConfigError(
+                f"optimizer {optimizer!r} needs whole weights, which strategy 'fsdp' cuts "
+                f"into shards; use one of {', '.join(ELEMENTWISE)}"
+            )
 
     @property
     def mixes(self) -> bool:

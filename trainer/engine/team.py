@@ -5,24 +5,26 @@ its language model is sharded, the others lend their shards for each row that it
 dies is started again, with all others, from what rank 0 has.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import fields
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
-from plait.errors import ModelError, RankDiedError
-from plait.trainer.build import Built
-from plait.trainer.checkpoint import Snapshot, put_weights, weights_of
+from plait.errors import ConfigError, ModelError, RankDiedError
+from plait.trainer.build import trains_language
+from plait.trainer.checkpoint import Snapshot
 from plait.trainer.engine import commands
 from plait.trainer.engine.commands import Command, MicroBatch
-from plait.trainer.engine.executor import Executor, View
+from plait.trainer.engine.executor import Executor
+from plait.trainer.engine.restarting import Kept, keep, put_back
 from plait.trainer.engine.retrying import Outcome, Result, compute_rows, is_out_of_memory
-from plait.trainer.engine.runs import Run
-from plait.trainer.ranks.children import Child, Start, threads_each
-from plait.trainer.ranks.group import ALONE, Group, OutOfStepError, Ranks, Seat
+from plait.trainer.ranks.children import Child, Start, packed, threads_each
+from plait.trainer.ranks.group import ALONE, Group, OutOfStepError, Ranks, Seat, refuse_others
 from plait.trainer.ranks.sharding import shard_layers
 
 _ONE_RANK = (commands.CreateView, commands.TakeView, commands.DropView, commands.CancelSample)
@@ -55,6 +57,7 @@ class Team:
         """Whether the other ranks do what rank 0 does."""
 
         self._restarting = False
+        self._loss: str | None = None
         self._end: str | None = None
         """Why nothing can be computed any more."""
 
@@ -78,8 +81,31 @@ class Team:
             return self._save(command)
         if isinstance(command, commands.OptimStep):
             self.executor.run(command.run).refuse_failed()
-        told = self._told(command)
-        return self._all(told, lambda: self.executor.execute(command))
+        if isinstance(command, commands.CreateRun | commands.CreateView | commands.TakeView):
+            return self._make(command)
+        return self._all(self._told(command), lambda: self.executor.execute(command))
+
+    def take_loss(self) -> str | None:
+        """Why ranks were started again since this was last asked, and with them went what was
+        computed of calls that are not whole; None where they were not."""
+        loss, self._loss = self._loss, None
+        return loss
+
+    def _make(self, command: commands.CreateRun | commands.CreateView | commands.TakeView) -> Any:
+        """A new run or view, on all ranks that it concerns or on none."""
+        try:
+            made = self._all(self._told(command), lambda: self.executor.execute(command))
+            if isinstance(command, commands.CreateView) and command.source is not None:
+                self.executor.load_view(command.view, command.source)
+        except Exception:
+            if self._end is None:
+                self.execute(
+                    commands.DropRun(command.run)
+                    if isinstance(command, commands.CreateRun)
+                    else commands.DropView(command.view)
+                )
+            raise
+        return made
 
     def _told(self, command: Command) -> Command | None:
         """What the other ranks do at a command."""
@@ -87,7 +113,10 @@ class Team:
             run = self.executor.runs.get(command.run)
             return commands.Gather(command.run, True) if run is not None and run.sharded else None
         if isinstance(command, commands.CreateView) and self.executor.group.sharded:
-            return commands.CreateView(command.view, command.spec, None, command.limits)
+            alone = trains_language(command.spec)  # it is whole, and rank 0's
+            return None if alone else replace(command, source=None)
+        if isinstance(command, commands.DropView) and self.executor.group.sharded:
+            return command
         return None if isinstance(command, _ONE_RANK) else command
 
     def _all(self, told: Command | None, mine: Callable[[], Any]) -> Any:
@@ -95,8 +124,7 @@ class Team:
         if not self._children or told is None:
             return self._alone(mine)
         self._tell_freed()
-        for child in self._children:
-            child.send(told)
+        self._tell(told)
         result, error = None, None
         self._together = True
         try:
@@ -106,9 +134,9 @@ class Team:
         finally:
             self._together = False
         if isinstance(told, commands.UNANSWERED):
-            return self._settled(result, error, [])
+            return self._settled(told, result, error, [])
         theirs = [self._failure_of(child, waits=error is None) for child in self._children]
-        result = self._settled(result, error, theirs)
+        result = self._settled(told, result, error, theirs)
         self._mirror(told)
         return result
 
@@ -126,18 +154,28 @@ class Team:
             return error
         return None
 
+    def _cut(self, told: Command) -> bool:
+        """Whether what rank 0 did at a command goes with another rank, which had a part of it."""
+        run = self.executor.runs.get(getattr(told, "run", ""))
+        return run is not None and run.sharded
+
     def _settled(
-        self, result: Any, error: Exception | None, theirs: Sequence[Exception | None]
+        self,
+        told: Command,
+        result: Any,
+        error: Exception | None,
+        theirs: Sequence[Exception | None],
     ) -> Any:
         """Rank 0's result or error; ranks that do not agree with it are started again."""
         agreed = all(type(one) is type(error) for one in theirs)
         if not agreed or isinstance(error, OutOfStepError):
             died = next((one for one in theirs if isinstance(one, RankDiedError)), None)
             why = died or next((one for one in theirs if one is not None), error)
+            undone = self._cut(told) if error is None else died is not None
             self._restart(str(why))
-            if error is not None and died is not None:
+            if undone:
                 raise RankDiedError(
-                    f"{died}; nothing of this command counts. The ranks are started again, and "
+                    f"{why}; nothing of this command counts. The ranks are started again, and "
                     "the run goes on from its last step"
                 ) from error
         if error is not None:
@@ -191,14 +229,16 @@ class Team:
         mine, *theirs = [commands.Compute(row, beside, backward) for row in filled]
         active = self._children if self.executor.group.sharded else self._children[: len(rows) - 1]
         self._tell_freed()
-        try:
-            for child, command in zip(active, theirs, strict=False):
-                child.send(command)
+        try:  # all of them, before one rank begins what another will not
+            told = [packed(command) for command in theirs]
         except ModelError as error:
             return [error for _ in rows]
+        for child, command in zip(active, told, strict=False):
+            child.send(command)
         outcomes = [self._here(mine)]
-        well = not isinstance(outcomes[0], Exception)
-        outcomes += [_outcome(child, waits=well) for child in active]
+        # One that computes alone may take its time, whatever became of this rank's row.
+        waits = not (self.executor.group.sharded and isinstance(outcomes[0], Exception))
+        outcomes += [_outcome(child, waits) for child in active]
         lost = next(
             (one for one in outcomes if isinstance(one, RankDiedError | OutOfStepError)), None
         )
@@ -229,7 +269,8 @@ class Team:
         try:
             self.executor.sample_step()
         except OutOfStepError as error:  # the requests have been told
-            self._restart(str(error))
+            with suppress(RankDiedError):  # as whoever wants anything of the engine will be
+                self._restart(str(error))
 
     def close(self) -> None:
         """End the other ranks; idempotent."""
@@ -241,14 +282,18 @@ class Team:
     def _tell_freed(self) -> None:
         freed, self.executor.forgotten = self.executor.forgotten, []
         if freed:
+            self._tell(commands.Forget(freed))
+
+    def _tell(self, command: Command) -> None:
+        if self._children:
+            told = packed(command)
             for child in self._children:
-                child.send(commands.Forget(freed))
+                child.send(told)
 
     def _lend(self, base: commands.BaseKey) -> None:
         if not self._together:
             self._tell_freed()
-            for child in self._children:
-                child.send(commands.Lend(base))
+            self._tell(commands.Lend(base))
 
     def _mirror(self, told: Command) -> None:
         """Keep what one dead rank would take with it."""
@@ -258,19 +303,24 @@ class Team:
             return
         run = self.executor.run(told.run)
         if run.sharded:
-            gather = commands.Gather(run.name)
-            self._mirrors[run.name] = self.gather(gather)
+            mirror = self.gather(commands.Gather(run.name))
+            if mirror.state is not None:  # what is pending is lost with a rank, sharded or not
+                mirror.state.gradients, mirror.state.pending_weight = {}, 0.0
+            self._mirrors[run.name] = mirror
 
     def _start(self) -> Group:
+        accelerator = _accelerator(self.devices)
+        refuse_others()  # before processes are started, which takes seconds
         port = find_free_network_port()
-        threads = threads_each(self.devices)
-        accelerator = "auto" if torch.cuda.device_count() >= self.devices else "cpu"
+        threads, path = threads_each(self.devices), tuple(sys.path)
         seats = [
             Seat(rank, self.devices, port, self.strategy, accelerator)
             for rank in range(self.devices)
         ]
-        self._children = [Child(Start(seat, threads, self._sampler_bytes)) for seat in seats[1:]]
         try:
+            for seat in seats[1:]:
+                start = Start(seat, threads, self._sampler_bytes, path)
+                self._children.append(Child(start))
             for child in self._children:
                 child.ready()
             return Ranks(seats[0], shard_layers)
@@ -300,7 +350,7 @@ class Team:
         """
         if self._restarting:
             raise RankDiedError(why)
-        self._restarting = True
+        self._restarting, self._loss = True, why
         try:
             self._start_again(why)
         except Exception as error:
@@ -318,7 +368,7 @@ class Team:
         old = self.executor
         for run in old.runs.values():
             run.lose(f"its gradients went with a rank: {why}")
-        kept = {name: self._local_snapshot(run) for name, run in old.runs.items()}
+        kept = keep(old, self._mirrors)
         if old.group.sharded:
             old.fail_samples(RankDiedError(f"{why}; sample again"))
         for left in reversed(range(_ATTEMPTS)):
@@ -330,7 +380,7 @@ class Team:
                 if not left:
                     raise
 
-    def _build_again(self, old: Executor, kept: Mapping[str, Snapshot]) -> None:
+    def _build_again(self, old: Executor, kept: Kept) -> None:
         """Every run, and every view that needs others' shards, on new processes."""
         self.executor.group.close()
         group = self._start()
@@ -338,48 +388,21 @@ class Team:
             self.executor = self._new_executor(group)
         else:
             old.group = group
-        for name, run in old.runs.items():
-            self._recreate(name, run, kept[name])
-        if group.sharded:
-            for name, view in old.views.items():
-                self._recreate_view(name, view)
+        put_back(kept, self.executor, self._all)
 
-    def _local_snapshot(self, run: Run) -> Snapshot:
-        """A run as this rank has it, without asking the others."""
-        if run.sharded:
-            return self._mirrors[run.name]
-        group, run.group = run.group, ALONE
-        try:
-            return self.executor.gather(commands.Gather(run.name))
-        finally:
-            run.group = group
 
-    def _recreate(self, name: str, run: Run, snapshot: Snapshot) -> None:
-        """One run on new processes; on this one too where its shards were lost."""
-        built = run.built
-        create = commands.CreateRun(name, built.spec, built.seed, built.limits)
-        restore = commands.Restore(name, snapshot)
-        executor = self.executor
-        if not executor.group.sharded:
-            run.group = executor.group
-            self._all(create, lambda: None)
-            self._all(restore, lambda: None)
-            return
-        self._all(create, lambda: _adopt(built, executor.execute(create)))
-        executor.runs[name].built = built
-        self._all(restore, lambda: executor.execute(restore))
-        executor.runs[name].failure = run.failure
-
-    def _recreate_view(self, name: str, view: View) -> None:
-        executor = self.executor
-        if not view.built.model.backbone.sharded:
-            executor.views[name] = view
-            return
-        weights = weights_of(view.built)
-        create = commands.CreateView(name, view.built.spec, None, view.built.limits)
-        self._all(create, lambda: _adopt(view.built, executor.execute(create)))
-        executor.views[name] = View(view.built)
-        put_weights(view.built, weights)
+def _accelerator(devices: int) -> str:
+    """
+    Raises:
+        ConfigError: there are GPUs, and fewer than that.
+    """
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < devices:
+        raise ConfigError(
+            f"each of several devices must be a GPU of its own; this machine has {gpus} and "
+            f"devices is {devices}: lower it, or set CUDA_VISIBLE_DEVICES= to compute on the CPU"
+        )
+    return "auto" if gpus else "cpu"
 
 
 def _outcome(child: Child, waits: bool) -> Outcome:
@@ -388,9 +411,3 @@ def _outcome(child: Child, waits: bool) -> Outcome:
         return found
     except Exception as error:
         return error
-
-
-def _adopt(built: Built, fresh: Built) -> None:
-    """Let everybody who holds `built` have what `fresh` has."""
-    for field in fields(Built):
-        setattr(built, field.name, getattr(fresh, field.name))

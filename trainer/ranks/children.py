@@ -40,6 +40,9 @@ class Start:
 
     sampler_bytes: int
 
+    path: tuple[str, ...] = ()
+    """Where this process finds modules: one of the user's may hold a loss."""
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -49,9 +52,20 @@ class Answer:
     error: Exception | None = None
 
 
+def packed(value: Any) -> bytes:
+    """By plain pickle: torch's own for processes shares memory, whose owner may be killed.
+
+    Raises:
+        ModelError: another process cannot have it.
+    """
+    try:
+        return pickle.dumps(value, protocol=5)
+    except UNREADABLE as error:
+        raise unreadable(error) from error
+
+
 def tell(connection: Connection, value: Any) -> None:
-    """By plain pickle: torch's own for processes shares memory, whose owner may be killed."""
-    connection.send_bytes(pickle.dumps(value, protocol=5))
+    connection.send_bytes(packed(value))
 
 
 def heard(connection: Connection) -> Any:
@@ -64,10 +78,7 @@ def check_readable(function: Any) -> None:
     Raises:
         ModelError: other processes cannot import it.
     """
-    try:
-        pickle.dumps(function)
-    except UNREADABLE as error:
-        raise unreadable(error) from error
+    packed(function)
     if getattr(function, "__module__", None) == "__main__":
         raise unreadable(ImportError(f"{function.__qualname__} stands in the program itself"))
 
@@ -82,10 +93,14 @@ class Child:
         command = [sys.executable, "-P", "-m", "plait.trainer.ranks.worker", str(its.fileno())]
         with its:
             self._process = subprocess.Popen(
-                command, pass_fds=[its.fileno()], env=environment, stdin=subprocess.DEVNULL
+                command,
+                pass_fds=[its.fileno()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C is the first rank's to answer
             )
         self._connection = Connection(mine.detach())
-        self.send(start)
+        self.send(packed(start))
 
     def ready(self) -> None:
         """Wait until it has started, and is about to join the group.
@@ -99,18 +114,10 @@ class Child:
     def pid(self) -> int:
         return self._process.pid
 
-    def send(self, command: Any) -> None:
-        """Tell it to do something; a child that is dead says so when it is asked for its answer.
-
-        Raises:
-            ModelError: the command cannot be sent to another process.
-        """
-        try:
-            tell(self._connection, command)
-        except UNREADABLE as error:
-            raise unreadable(error) from error
-        except OSError:
-            return
+    def send(self, command: bytes) -> None:
+        """Tell it to do what is `packed`; one that is dead says so when it is asked to answer."""
+        with contextlib.suppress(OSError):
+            self._connection.send_bytes(command)
 
     def answer(self, *, waits: bool = True) -> Any:
         """What its command returned.

@@ -111,11 +111,7 @@ class Ranks(Group):
     """
 
     def __init__(self, seat: Seat, shard: Callable[[Any, Any], Any]) -> None:
-        if torch.distributed.is_initialized():
-            raise ConfigError(
-                "several devices need torch.distributed, which this process uses already: close "
-                "the other client, or start without torchrun; Plait starts its ranks itself"
-            )
+        refuse_others()
         self.rank, self.size = seat.rank, seat.size
         self.sharded = seat.strategy == "fsdp"
         strategy: Strategy = (
@@ -160,6 +156,18 @@ class Ranks(Group):
     def close(self) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def refuse_others() -> None:
+    """
+    Raises:
+        ConfigError: torch.distributed is in use in this process already.
+    """
+    if torch.distributed.is_initialized():
+        raise ConfigError(
+            "several devices need torch.distributed, which this process uses already: close "
+            "the other client, or start without torchrun; Plait starts its ranks itself"
+        )
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -32,13 +32,16 @@ def summed(
 
 def summed_number(value: float, group: Group) -> float:
     """Collective."""
+    if group.size == 1:
+        return value
     total = torch.tensor([value], dtype=torch.float64, device=group.device)
     group.sum([total])
     return float(total)
 
 
 def norm(gradients: Sequence[Tensor], group: Group) -> float:
-    """The norm of all gradients together; collective where some are sharded."""
+    """The norm of all gradients together, as rank 0 has it: clipping by another one's round-off
+    (ranks may have other numbers of threads) would drive their weights apart. Collective."""
     if not gradients:
         return 0.0
     norms = [g.norm() for g in gradients if not is_sharded(g)]
@@ -47,4 +50,5 @@ def norm(gradients: Sequence[Tensor], group: Group) -> float:
         square = torch.stack(parts).square().sum()[None]
         group.sum([square])
         norms.append(square[0].sqrt())
-    return float(torch.linalg.vector_norm(torch.stack(norms)))
+    total = float(torch.linalg.vector_norm(torch.stack(norms)))
+    return summed_number(total if group.rank == 0 else 0.0, group)

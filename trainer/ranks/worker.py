@@ -6,7 +6,6 @@ they notice that, and are started again together.
 """
 
 import pickle
-import signal
 import sys
 from multiprocessing.connection import Connection
 from typing import Any
@@ -28,7 +27,8 @@ def serve(connection: Connection, executor: Executor) -> None:
             command = heard(connection)
         except (EOFError, OSError):
             return
-        except UNREADABLE as error:
+        except UNREADABLE as error:  # a row with a loss that only the first rank can import
+            executor.group.all_true(False)  # as any rank whose row cannot be begun
             tell(connection, Answer(error=unreadable(error)))
             continue
         answer = _answer(executor, command)
@@ -64,11 +64,11 @@ def _sendable(error: Exception) -> Exception:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first rank's to answer
     connection = Connection(int(sys.argv[1]))
     start = heard(connection)
     assert isinstance(start, Start)
     torch.set_num_threads(start.threads)
+    sys.path += [folder for folder in start.path if folder not in sys.path]
     tell(connection, Answer())
     group = Ranks(start.seat, shard_layers)
     serve(connection, Executor(start.sampler_bytes, group))

@@ -25,6 +25,11 @@ from plait.trainer.store import Store
 SGD = StepSettings(optimizer="sgd", learning_rate=0.001)
 
 LOSS = '''
+import gc
+import os
+import time
+from pathlib import Path
+
 import torch
 
 def of_two_at_most(batch):
@@ -41,6 +46,21 @@ def steep(batch):
 
 def broken(batch):
     raise ValueError("this loss is broken")
+
+def slow_or_broken(batch):
+    """Fails at once where a weight is 7, else takes its time."""
+    if (batch.weights > 6).any():
+        raise ValueError("a heavy document")
+    time.sleep(1)
+    return batch.per_document(-batch.logprobs * batch.weights)
+
+def held(batch):
+    """Notes how many models and views this process has."""
+    gc.collect()
+    names = [type(one).__name__ for one in gc.get_objects()]
+    counts = [names.count(name) for name in ("Base", "View", "Run", "PlaitModel")]
+    Path(__file__).with_name(f"held-{os.getpid()}").write_text(str(counts))
+    return batch.per_document(-batch.logprobs * batch.weights)
 '''
 
 
