@@ -133,7 +133,8 @@ class Executor:
     def _base(self, spec: ModelSpec) -> Base:
         """The language model, which runs of equal settings share."""
         again = "language" if "language" in spec.checkpointing else ""
-        key = (str(weights.resolve(spec.language)), spec.dtype, spec.attention, again)
+        language, quantize = str(weights.resolve(spec.language)), spec.quantize or ""
+        key = (language, spec.dtype, quantize, spec.attention, again)
         if key not in self.bases:
             self.bases[key] = load_base(spec, self.group.device)
         return self.bases[key]
