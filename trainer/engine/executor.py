@@ -17,6 +17,7 @@ from plait.trainer.build import Built, attach, load_base, trains_language
 from plait.trainer.engine import commands
 from plait.trainer.engine.ahead import Ahead
 from plait.trainer.engine.computing import Slice, compute
+from plait.trainer.engine.idle import Idle
 from plait.trainer.engine.run_state import check, restore, state_of
 from plait.trainer.engine.runs import Run
 from plait.trainer.lora import remove_lora
@@ -63,6 +64,7 @@ class Executor:
         self._sampler_bytes = sampler_bytes
         self._decoder = Decoder()
         self.ahead = Ahead(self._decoder)
+        self.idle = Idle()
         self._samplers: dict[int, Sampler] = {}
         """By the identity of the language model's backbone."""
 
@@ -80,6 +82,7 @@ class Executor:
         """
         if name not in self.runs:
             raise UnknownNameError("run", name, self.runs)
+        self.idle.used(self.runs[name])
         return self.runs[name]
 
     def view(self, name: str) -> View:
@@ -141,6 +144,7 @@ class Executor:
 
     def drop_run(self, command: commands.DropRun) -> None:
         run = self.runs.pop(command.run, None)
+        self.idle.forget(command.run)
         if run is not None:
             self._release(run.built)
 
@@ -201,6 +205,7 @@ class Executor:
             for one in command.row
         ]
         beside = self.run(command.beside) if self.group.sharded else None
+        self.idle.row_done()
         return compute(
             slices, self.ahead.load, self.group, backward=command.backward, beside=beside
         )
