@@ -19,7 +19,7 @@ from plait.errors import ConfigError, ModelError, UnknownNameError
 from plait.kernels.interval_attention import ROUTES
 from plait.modalities import Limits
 from plait.stream import Layout
-from plait.trainer import checks
+from plait.trainer import checks, quantization
 from plait.trainer.backbone import Backbone
 from plait.trainer.base import Base
 from plait.trainer.identity import hashes_of, text_hash
@@ -88,7 +88,7 @@ def load_base(spec: ModelSpec, device: torch.device | None = None) -> Base:
         raise UnknownNameError("model.attention", spec.attention, ("auto", *ROUTES))
     folder = weights.resolve(spec.language)
     tokenizer = load_tokenizer(folder)
-    language = load_language(folder, spec.dtype)
+    language = load_language(folder, spec.dtype, spec.quantize, device)
     language.requires_grad_(False)
     if trains_language(spec):
         language.float()
@@ -206,20 +206,28 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_language(folder: Path, dtype: str) -> Any:
-    """A causal language model whose attention is ours; safetensors only, and no code from disk."""
+def load_language(
+    folder: Path, dtype: str, quantize: str | None = None, device: torch.device | None = None
+) -> Any:
+    """A causal language model whose attention is ours; safetensors only, and no code from disk.
+
+    Args:
+        quantize: "nf4" for linear layers in 4 bits, which are put on `device` at once.
+    """
     from transformers import AutoModelForCausalLM
 
     attention.register()
+    more = {} if quantize is None else quantization.options(folder, dtype, device)
     try:
         with without_loading_bars():
             language, report = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=getattr(torch, dtype),
+                dtype=getattr(torch, dtype) if quantize is None else torch.float32,
                 attn_implementation=attention.NAME,
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                **more,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
@@ -244,6 +252,8 @@ def load_language(folder: Path, dtype: str) -> Any:
         raise ModelError(
             f"attention dropout must be 0; {folder} sets {dropout}: edit its config.json"
         )
+    if quantize is not None:
+        quantization.settle(language, dtype)
     return language
 
 
@@ -294,7 +304,8 @@ def parameter_counts(model: PlaitModel) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
         part = counts.setdefault(model.part_of(name), {"trainable": 0, "frozen": 0})
-        part["trainable" if parameter.requires_grad else "frozen"] += parameter.numel()
+        kind = "trainable" if parameter.requires_grad else "frozen"
+        part[kind] += quantization.elements(parameter)
     return counts
 
 

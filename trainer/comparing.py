@@ -35,6 +35,8 @@ class Job:
     tokenizer: Path
     rows: list[list[int]]
     messages: list[dict[str, str]] | None
+    quantize: str | None = None
+    """How the model that the adapter belongs to is quantized."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from torch import Tensor
 from plait.encoders.quiet import without_loading_bars
 from plait.errors import CheckpointError, ConfigError
 from plait.stream import pack
-from plait.trainer import checkpoint
+from plait.trainer import checkpoint, quantization
 from plait.trainer.build import Built, build
 from plait.trainer.comparing import Compared, Job, compare
 from plait.trainer.config import spec_from
@@ -117,11 +117,7 @@ def _link(source: str, target: str) -> None:
 def _write_language(aside: Path, folder: Path, built: Built, dtype: str | None) -> list[Tensor]:
     """Write the whole model in `dtype`, or without one the adapter; returns the logits of the
     model as it was before it trained."""
-    from transformers import AutoModelForCausalLM
-
-    plain: Any = AutoModelForCausalLM.from_pretrained(
-        built.base.folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-    ).eval()
+    plain = _plain(built).eval()
     with torch.inference_mode():
         untrained = [plain(torch.tensor([row])).logits[0] for row in _rows(built)]
     if dtype is None:
@@ -132,6 +128,21 @@ def _write_language(aside: Path, folder: Path, built: Built, dtype: str | None) 
     merged = _trained(plain, folder, built)
     merged.to(getattr(torch, dtype)).save_pretrained(aside)
     return untrained
+
+
+def _plain(built: Built) -> Any:
+    """transformers' own model with the weights that were trained on.
+
+    Of quantized ones it is what 4 bits left of them, as plain numbers again: what is merged into
+    those is not rounded, while quantizing the sum would lose most of what was trained.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if built.spec.quantize is not None:
+        return quantization.dequantized(built.base.folder)
+    return AutoModelForCausalLM.from_pretrained(
+        built.base.folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    )
 
 
 def _trained(plain: Any, folder: Path, built: Built) -> Any:
@@ -195,6 +206,7 @@ def _compare(
         tokenizer=aside,
         rows=_rows(built),
         messages=_messages(built),
+        quantize=None if merged else built.spec.quantize,
     )
     return compare(job, _logits(built), untrained, built.tokenizer, dtype)
 

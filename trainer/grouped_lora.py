@@ -225,11 +225,14 @@ def _check_layer(name: str, module: nn.Module) -> None:
         )
 
 
+_ADDING = {("peft.tuners.lora.layer", "Linear"), ("peft.tuners.lora.bnb", "Linear4bit")}
+"""peft's layers that add their factors' product to what their base gives; by name, because the
+second can only be imported with bitsandbytes."""
+
+
 def _obstacle(layer: Any, adapters: Sequence[str]) -> str | None:
     """Why the grouped kernel cannot compute this layer; None where it can."""
-    from peft.tuners.lora.layer import Linear
-
-    if type(layer) is not Linear:
+    if (type(layer).__module__, type(layer).__name__) not in _ADDING:
         return "only peft's Linear layer is grouped"
     if layer.merged_adapters:
         return "an adapter is merged into its base weight"

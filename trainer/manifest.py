@@ -18,6 +18,8 @@ LIFETIME = "lifetime.json"
 """What a store adds to a checkpoint; see `plait.trainer.lifetime`."""
 
 LIBRARIES = ("plait", "torch", "transformers", "peft", "tokenizers", "safetensors")
+QUANTIZING = ("bitsandbytes",)
+"""Libraries that only a quantized language model is made with."""
 
 
 def write_manifest(
@@ -27,12 +29,13 @@ def write_manifest(
 
     It says nothing of when and where it was written: equal states have equal manifests.
     """
+    libraries = LIBRARIES if built.spec.quantize is None else (*LIBRARIES, *QUANTIZING)
     manifest = {
         "format": FORMAT,
         "spec": asdict(built.spec),
         "hashes": built.hashes,
         "step": step,
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": {name: version(name) for name in libraries},
         "files": {path.name: sha256_of(path) for path in sorted(folder.iterdir())},
         "user_metadata": dict(metadata or {}),
     }
@@ -81,8 +84,8 @@ def check_fits(folder: Path, manifest: Mapping[str, Any], built: Built) -> None:
     """Refuse a checkpoint of another model.
 
     Raises:
-        CheckpointError: the language model, an encoder, its preprocessing, the template, the
-            renderer or the kind of adapter is another one; says which.
+        CheckpointError: the language model, its quantization, an encoder, its preprocessing, the
+            template, the renderer or the kind of adapter is another one; says which.
     """
     saved, here = manifest["hashes"], built.hashes
     other = [name for name in saved | here if saved.get(name) != here.get(name)]
@@ -92,6 +95,13 @@ def check_fits(folder: Path, manifest: Mapping[str, Any], built: Built) -> None:
             f"checkpoint {folder} was trained with another {name}: its hash is "
             f"{str(saved.get(name))[:12]} there and {str(here.get(name))[:12]} here; use the "
             "model it was trained with"
+        )
+    quantized, here_quantized = manifest["spec"].get("quantize"), built.spec.quantize
+    if quantized != here_quantized:
+        raise CheckpointError(
+            f"checkpoint {folder} was trained on weights of quantize {quantized} and this model "
+            f"has quantize {here_quantized}, which are other weights; set model.quantize to "
+            f"{quantized}, or export it with --merge and begin from that"
         )
     lora, mine = manifest["spec"]["lora"], built.spec.lora
     for name in ("alpha", "dora", "rslora") if lora is not None and mine is not None else ():

@@ -3,9 +3,9 @@
     python -I reloading.py JOB.json
 
 It runs in a process of its own, by its path, and imports nothing of Plait: an export must not need
-it. The job names `model` (a folder), `adapter` (a folder or null), `tokenizer` (a folder), `rows`
-(token ids), `messages` (a conversation or null), and where to write `logits` (safetensors, one
-tensor for each row) and `facts` (JSON).
+it. The job names `model` (a folder), `quantize` ("nf4" or null), `adapter` (a folder or null),
+`tokenizer` (a folder), `rows` (token ids), `messages` (a conversation or null), and where to write
+`logits` (safetensors, one tensor for each row) and `facts` (JSON).
 """
 
 import json
@@ -15,14 +15,28 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 
 def load(job: dict[str, Any]) -> Any:
-    """The model in float32, whatever its files hold: what is compared is the weights."""
+    """The model in float32, whatever its files hold: what is compared is the weights.
+
+    Quantized ones are made plain again, because some CPUs multiply with them in bfloat16.
+    """
+    more: dict[str, Any] = {}
+    if job["quantize"] is not None:
+        more["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=job["quantize"],
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+        more["device_map"] = "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(
-        job["model"], dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        job["model"], dtype=torch.float32, trust_remote_code=False, use_safetensors=True, **more
     )
+    if job["quantize"] is not None:
+        model = model.dequantize(dtype=torch.float32)
     if job["adapter"] is not None:
         from peft import PeftModel
 

@@ -19,6 +19,8 @@ LAYERED = ("language", "vision", "audio", "video")
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+QUANTIZATIONS = ("nf4",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSpec:
@@ -106,6 +108,10 @@ class ModelSpec:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of frozen weights and activations; what trains is kept in float32."""
 
+    quantize: Literal["nf4"] | None = None
+    """"nf4" keeps the linear layers of a frozen language model in 4 bits (QLoRA): an eighth of
+    their float32 memory, other weights, and slower steps; needs bitsandbytes."""
+
     attention: str = "auto"
     """How the language model's attention is computed: "auto" takes what the device has, a name in
     docs/kernels.md forces one."""
@@ -127,6 +133,14 @@ class ModelSpec:
                 raise UnknownNameError("part in model.checkpointing", part, LAYERED)
         if self.dtype not in DTYPES:
             raise UnknownNameError("model.dtype", self.dtype, DTYPES)
+        if self.quantize not in (None, *QUANTIZATIONS):
+            raise UnknownNameError("model.quantize", str(self.quantize), QUANTIZATIONS)
+        if self.quantize is not None and self.lora is None and self.trains("language"):
+            raise ConfigError(
+                f"weights in 4 bits cannot train: model.quantize is {self.quantize!r} and the "
+                "whole language model trains (lora: null); set model.lora, leave quantize out, or "
+                "take language out of model.train"
+            )
         if not self.train:
             raise ConfigError("model.train names no part, so nothing would train; add a part")
 

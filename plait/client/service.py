@@ -93,6 +93,7 @@ class ServiceClient(AsyncNames):
         template: str | None = None,
         train: Sequence[str] = ("language", "projector"),
         dtype: str = "float32",
+        quantize: str | None = None,
     ) -> TrainingClient:
         """A training client with a LoRA adapter on the language model.
 
@@ -105,6 +106,7 @@ class ServiceClient(AsyncNames):
             encoders: An encoder per medium: `{"image": EncoderSpec(name=..., weights=...)}`.
             template: A chat template of one's own.
             train: The parts that train: "language", "projector", "vision".
+            quantize: "nf4" keeps the language model's linear layers in 4 bits (QLoRA).
 
         Raises:
             ConfigError: an option that is not supported, or a model that cannot be loaded.
@@ -119,6 +121,7 @@ class ServiceClient(AsyncNames):
             lora=LoraSpec(rank=rank, alpha=alpha, dropout=dropout, targets=targets),
             train=tuple(train),
             dtype=dtype,  # type: ignore[arg-type]  # checked by ModelSpec
+            quantize=quantize,  # type: ignore[arg-type]
         )
         return self.create_training_client(spec, seed=seed, user_metadata=user_metadata)
 

@@ -5,7 +5,7 @@
 `list.toml` holds the breaks. Each is applied to a copy of the tree, where the tests it names must
 fail; on the unbroken copy they must pass. With words, only breaks whose file or tests contain one
 are run. Exits with 1 when a break survives, its old text is not found exactly once, or a test is
-red without a break.
+red without a break. A break that needs a library which is not installed is left out, and said.
 """
 
 import os
@@ -16,6 +16,7 @@ import tempfile
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +34,8 @@ class Mutant:
     old: str
     new: str
     tests: tuple[str, ...]
+    needs: str | None = None
+    """A library without which its tests are skipped."""
 
     def apply(self, tree: Path) -> str | None:
         """Break the tree; the reason where that is impossible."""
@@ -47,6 +50,9 @@ class Mutant:
 def load(words: list[str]) -> list[Mutant]:
     entries = tomllib.loads(LIST.read_text(encoding="utf-8"))["mutant"]
     mutants = [Mutant(**{**entry, "tests": tuple(entry["tests"])}) for entry in entries]
+    for name in sorted({m.needs for m in mutants if m.needs and find_spec(m.needs) is None}):
+        print(f"{name} is not installed: {sum(m.needs == name for m in mutants)} breaks left out")
+        mutants = [m for m in mutants if m.needs != name]
     if not words:
         return mutants
     return [m for m in mutants if any(w in m.file or w in " ".join(m.tests) for w in words)]

@@ -17,6 +17,7 @@ from plait.trainer.build import Built, attach, load_base, trains_language
 from plait.trainer.engine import commands
 from plait.trainer.engine.ahead import Ahead
 from plait.trainer.engine.computing import Slice, compute
+from plait.trainer.engine.idle import Idle
 from plait.trainer.engine.run_state import check, restore, state_of
 from plait.trainer.engine.runs import Run
 from plait.trainer.lora import remove_lora
@@ -64,6 +65,7 @@ class Executor:
         self._sampler_bytes = sampler_bytes
         self._decoder = Decoder()
         self.ahead = Ahead(self._decoder)
+        self.idle = Idle()
         self._samplers: dict[int, Sampler] = {}
         """By the identity of the language model's backbone."""
 
@@ -81,6 +83,7 @@ class Executor:
         """
         if name not in self.runs:
             raise UnknownNameError("run", name, self.runs)
+        self.idle.used(self.runs[name])
         return self.runs[name]
 
     def view(self, name: str) -> View:
@@ -132,13 +135,15 @@ class Executor:
     def _base(self, spec: ModelSpec) -> Base:
         """The language model, which runs of equal settings share."""
         again = "language" if "language" in spec.checkpointing else ""
-        key = (str(weights.resolve(spec.language)), spec.dtype, spec.attention, again)
+        language, quantize = str(weights.resolve(spec.language)), spec.quantize or ""
+        key = (language, spec.dtype, quantize, spec.attention, again)
         if key not in self.bases:
             self.bases[key] = load_base(spec, self.group.device)
         return self.bases[key]
 
     def drop_run(self, command: commands.DropRun) -> None:
         run = self.runs.pop(command.run, None)
+        self.idle.forget(command.run)
         if run is not None:
             self._release(run.built)
 
@@ -199,6 +204,7 @@ class Executor:
             for one in command.row
         ]
         beside = self.run(command.beside) if self.group.sharded else None
+        self.idle.row_done()
         return compute(
             slices, self.ahead.load, self.group, backward=command.backward, beside=beside
         )

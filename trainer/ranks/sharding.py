@@ -65,8 +65,13 @@ class Guard:
 def refuse_unsharded(spec: Any) -> None:
     """
     Raises:
-        ConfigError: adapters that need whole weights.
+        ConfigError: weights that cannot be cut, or adapters that need them whole.
     """
+    if spec.quantize is not None:
+        raise ConfigError(
+            f"model.quantize {spec.quantize!r} needs whole weights, which strategy 'fsdp' cuts "
+            "into shards: use 'ddp', or leave model.quantize out"
+        )
     if spec.lora is not None and spec.lora.dora:
         raise ConfigError(
             "lora.dora needs whole weights, which strategy 'fsdp' cuts into shards: use 'ddp', or "
