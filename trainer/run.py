@@ -52,7 +52,7 @@ from plait.trainer.lightning_run import ROWS_DRAWN, Hooks, PlaitModule, Progress
 from plait.trainer.phases import Phases
 from plait.trainer.progress import bar
 from plait.trainer.reports.showing import show
-from plait.trainer.rundir import claim, empty, read_json
+from plait.trainer.rundir import claim, decisive, empty, read_json
 from plait.trainer.runlog import LossTable, make_loggers
 from plait.trainer.workbench import TIMEOUTS, Workbench
 
@@ -377,7 +377,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool = False) -> dict[s
     """
     finished = config.folder / "metrics.json"
     if finished.is_file() and not fresh:
-        if read_json(config.folder / "run.json") != plain(config):
+        if decisive(read_json(config.folder / "run.json")) != decisive(plain(config)):
             raise ConfigError(
                 f"{config.folder} holds a finished run with another recipe; choose another run_dir "
                 "or add --fresh to delete it"

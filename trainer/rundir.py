@@ -9,6 +9,9 @@ from plait.errors import CheckpointError, ConfigError
 from plait.trainer.config import RunConfig, plain
 from plait.trainer.files import write_json
 
+_ANY = ("devices", "strategy")
+"""Settings with which a run may go on whatever they were."""
+
 
 def read_json(file: Path) -> Any:
     """The content of a JSON file that a run wrote.
@@ -34,12 +37,17 @@ def claim(folder: Path, config: RunConfig) -> None:
     if not file.is_file():
         write_json(file, plain(config))
         return
-    saved, mine = read_json(file), plain(config)
+    saved, mine = decisive(read_json(file)), decisive(plain(config))
     if saved != mine:
         raise ConfigError(
             f"{folder} holds a run with another recipe ({_difference(saved, mine)}); choose "
             "another run_dir, or add --fresh to delete it"
         )
+
+
+def decisive(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What of a recipe decides the result: on how many devices it is computed does not."""
+    return {key: value for key, value in recipe.items() if key not in _ANY}
 
 
 def _difference(saved: Any, mine: Any, where: str = "") -> str:

@@ -332,9 +332,7 @@ def test_a_resumed_run_counts_the_time_of_both(stopped: RunConfig) -> None:
     assert metrics["seconds"]["before"] == round(before["seconds"]["before"], 2)
 
 
-def test_a_picture_is_as_large_as_the_recipe_allows(
-    values: dict[str, Any], pictures: Path
-) -> None:
+def test_a_picture_is_as_large_as_the_recipe_allows(values: dict[str, Any], pictures: Path) -> None:
     """From its header to the report's thumbnails."""
     short = values["train"] | {"steps": 1}
 

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
 import plait
 from plait.cli import main
-from plait.errors import ConfigError
-from plait.trainer.config import config_from
+from plait.errors import ConfigError, Interrupted
+from plait.trainer.config import config_from, load_config
+from plait.trainer.run import TrainingRun
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -60,6 +62,23 @@ def test_two_devices_train_what_one_does(
     for name, tensor in mine.items():
         difference = (tensor - other[name]).norm() / other[name].norm().clamp(min=1e-3)
         assert difference < 1e-2, name  # Adam turns round-off into parts of steps
+
+
+def test_a_run_goes_on_with_another_number_of_devices(recipe: Path, tmp_path: Path) -> None:
+    def trained(folder: Path, devices: int) -> int:
+        return main(["train", str(recipe), "--run-dir", str(folder), "--devices", str(devices)])
+
+    assert trained(tmp_path / "whole", 1) == 0
+    stopped = tmp_path / "stopped"
+    config = load_config(recipe, [f"run_dir={stopped}"])
+    run = TrainingRun(config, Console(quiet=True))
+    run._stop.set()
+    with pytest.raises(Interrupted):
+        run.execute()
+    assert trained(stopped, 2) == 0
+    mine, other = weights(stopped), weights(tmp_path / "whole")
+    for name, tensor in mine.items():
+        assert (tensor - other[name]).norm() < 1e-2 * other[name].norm().clamp(min=1e-3), name
 
 
 def test_a_client_on_two_devices(tiny_values: dict[str, Any], tmp_path: Path, lab: Any) -> None:
