@@ -21,13 +21,8 @@ from plait.ranges import check_number
 from plait.trainer.backbone import Backbone
 from plait.trainer.model import PlaitModel
 from plait.trainer.sampling.choosing import Draws, choose
-from plait.trainer.sampling.memory import KeyMemory, Memory, Piece, Place, RowMemory
-from plait.trainer.sampling.prefixes import (
-    SHORTEST,
-    Prefixes,
-    last_cut,
-    next_cut,
-)
+from plait.trainer.sampling.memory import KeyMemory, Memory, Piece, RowMemory
+from plait.trainer.sampling.prefixes import next_cut
 from plait.trainer.sampling.reading import chunk, embedded, next_token
 from plait.trainer.sampling.requests import (
     Continuation,
@@ -37,6 +32,7 @@ from plait.trainer.sampling.requests import (
     PromptScores,
     Request,
 )
+from plait.trainer.sampling.rooms import Rooms
 from plait.trainer.sampling.scoring import score_prompt
 from plait.trainer.sampling.settings import MOST_TOKENS
 from plait.trainer.sampling.stopping import Stops
@@ -73,10 +69,9 @@ class Sampler:
     ) -> None:
         self.backbone = backbone
         self._slots = slots
-        self.memory = self._new_memory()
-        self.chunk = chunk if backbone.packs else None
-        self.prefixes = Prefixes(self.memory)
         self._share = share and backbone.packs
+        self.rooms = self._new_rooms()
+        self.chunk = chunk if backbone.packs else None
         self._waiting = Queues()
         self._jobs: dict[Job, None] = {}
         """Those that have room, in the order in which they got it."""
@@ -86,10 +81,16 @@ class Sampler:
         self._bans: dict[tuple[int, ...], Tensor] = {}
         """Token ids that are never chosen, as tensors on the device: few, of many requests."""
 
-        self._rooms, self._rows, self._starts = Turns(), Turns(), Turns()
+        self._entries, self._rows, self._starts = Turns(), Turns(), Turns()
 
-    def _new_memory(self) -> Memory:
-        return (KeyMemory if self.backbone.packs else RowMemory)(self.backbone, self._slots)
+    def _new_rooms(self) -> Rooms:
+        memory = (KeyMemory if self.backbone.packs else RowMemory)(self.backbone, self._slots)
+        return Rooms(memory, share=self._share)
+
+    @property
+    def memory(self) -> Memory:
+        """Where the keys of all requests are."""
+        return self.rooms.memory
 
     @property
     def busy(self) -> bool:
@@ -151,13 +152,12 @@ class Sampler:
         requests need it, or there is none."""
         if self.busy or not self.memory.held:
             return False
-        self.memory = self._new_memory()
-        self.prefixes = Prefixes(self.memory)
+        self.rooms = self._new_rooms()
         return True
 
     def forget(self, model: PlaitModel) -> None:
         """Give up what was read with a model's weights."""
-        self.prefixes.forget(model)
+        self.rooms.prefixes.forget(model)
 
     def step(self) -> None:
         """Admit what there is room for, read one row, choose tokens."""
@@ -171,7 +171,7 @@ class Sampler:
         work = list(self._work())
         if work:
             self._advance(work, self._read(work))
-        elif self._waiting and not self._jobs:  # never, while `add` counts as `_open` does
+        elif self._waiting and not self._jobs:  # never, while `add` counts as `Rooms` does
             error = ModelError("the sampler's cache has no room for this")
             self._fail(next(iter(self._waiting)), error)
         self._start_samples()
@@ -194,27 +194,15 @@ class Sampler:
     def _release(self, job: Job) -> None:
         self._waiting.discard(job)
         self._jobs.pop(job, None)
-        for sample in job.running:
-            if sample.owns_place:
-                self.memory.close(sample.place)
-        job.running.clear()
-        if job.reserved is not None:
-            self.memory.close(job.reserved)
-            job.reserved = None
-        if job.prompt is not None and job.prompt.place is not None:
-            if job.prompt.end is None:  # nobody will read the rest of it
-                self.prefixes.remove(job.prompt.place)
-            # Who begins with this prompt does not need the room that its sample grew into.
-            self.memory.close(job.prompt.place, job.prompt.read - job.prompt.place.before)
-            job.prompt.place = None
+        self.rooms.close(job)
 
     def _admit(self) -> None:
         """Give room to those that wait, owner by owner, until one finds none."""
-        for job in self._rooms.order_of(self._waiting.by_owner):
+        for job in self._entries.order_of(self._waiting.by_owner):
             try:
                 if job.prompt is None:
                     job.prompt = embedded(job.request)
-                admitted = self._open(job, job.prompt)
+                admitted = self.rooms.open(job, job.prompt, first=not self._jobs)
             except Exception as error:
                 self._fail(job, error)
                 continue
@@ -222,66 +210,9 @@ class Sampler:
                 continue
             if not admitted:
                 return
-            self._rooms.serve(job)
+            self._entries.serve(job)
             self._waiting.discard(job)
             self._jobs[job] = None
-
-    def _open(self, job: Job, prompt: Prompt) -> bool | None:
-        """Whether there was room for the prompt; None where waiting for another's is better."""
-        length, model = len(prompt.keys), job.request.model
-        known, common = (None, 0)
-        if self._share and job.scores is None:
-            known, common = self.prefixes.find(model, prompt.keys)
-            common = last_cut(prompt.hi.numpy(), min(common, length - 1))
-        shared = 0
-        if known is not None and common >= SHORTEST:
-            shared = min(common, known.place.length)
-            if shared < common:
-                return None
-        source = known.place if known is not None and shared else None
-        if not self._reserve(job, prompt, source, shared):
-            if self._jobs:
-                return False
-            # Alone it fits, as `add` made sure: perhaps not beside all of what it begins with, or
-            # not between what others left.
-            while self.prefixes.drop():
-                pass
-            shared = 0
-            if not self._reserve(job, prompt, None, shared):
-                return False
-        assert prompt.place is not None
-        if self._share and shared < length - 1:  # else the other serves later ones as well
-            self.prefixes.keep(model, prompt.keys, prompt.place)
-        return True
-
-    def _reserve(self, job: Job, prompt: Prompt, source: Place | None, shared: int) -> bool:
-        """Whether there was room for a prompt behind `shared` positions of `source`."""
-        length, alone = len(prompt.keys), job.request.samples == 1
-        if source is not None:
-            source.users += 1  # so that making room does not take it
-        try:
-            place = self._place(length - shared + (job.most - 1) * alone, source, shared)
-        finally:
-            if source is not None:
-                self.memory.close(source)
-        if place is None:
-            return False
-        prompt.place, prompt.read = place, shared
-        if not alone:
-            # Its first sample's room at once: else prompts could take all of it, and none go on.
-            job.reserved = self._place(job.most - 1, place, length)
-            if job.reserved is None:
-                self.memory.close(place)
-                prompt.place, prompt.read = None, 0
-                return False
-        return True
-
-    def _place(self, capacity: int, source: Place | None, length: int) -> Place | None:
-        """Room, for which places that nobody uses are given up."""
-        place = self.memory.open(capacity, source, length)
-        while place is None and self.prefixes.drop():
-            place = self.memory.open(capacity, source, length)
-        return place
 
     def _work(self) -> Iterator[tuple[Job, Continuation | None, Piece]]:
         """The pieces of the next row: samples that grow, then chunks of prompts."""
@@ -368,17 +299,12 @@ class Sampler:
 
     def _begun(self, job: Job, prompt: Prompt) -> Continuation | None:
         """The next sample of a job; None where there is no room for it now."""
-        assert prompt.place is not None
-        alone = job.request.samples == 1
-        place: Place | None = prompt.place
-        if not alone:
-            place = job.reserved or self._place(job.most - 1, prompt.place, len(prompt.hi))
-            job.reserved = None
+        place = self.rooms.of_sample(job, prompt)
         if place is None:
             return None
         number, job.started = job.started, job.started + 1
         draws = Draws(job.request.settings.seed, number)
-        return Continuation(number, draws, place, owns_place=not alone)
+        return Continuation(number, draws, place, owns_place=job.request.samples > 1)
 
     def _choose(self, growing: Sequence[tuple[Job, Continuation, Tensor]]) -> None:
         by_vocabulary: dict[int, list[tuple[Job, Continuation, Tensor]]] = {}
@@ -413,8 +339,7 @@ class Sampler:
         if not made.stopped and len(made.tokens) < job.most:
             return
         job.running.remove(sample)
-        if sample.owns_place:
-            self.memory.close(sample.place)
+        self.rooms.leave(sample)
         job.finished[sample.number] = made
         if len(job.finished) == job.request.samples:
             self._release(job)

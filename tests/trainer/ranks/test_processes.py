@@ -36,8 +36,9 @@ from plait.modalities import Limits
 from plait.trainer.engine.controller import Engine, EngineSettings
 
 
-def wait():
-    try:
+def wait(*said):
+    try:  # around what is said, too: Ctrl-C follows at once
+        print(*said, flush=True)
         for line in sys.stdin:
             print("read", flush=True)
     except KeyboardInterrupt:
@@ -47,8 +48,7 @@ def wait():
 spec = ModelSpec(language=sys.argv[1], lora=LoraSpec(rank=2), train=("language",))
 engine = Engine(EngineSettings(devices=2))
 name, built = engine.create_run(spec, 0, Limits())
-print(*engine._work.team.pids, flush=True)
-print(wait(), flush=True)
+print(wait(*engine._work.team.pids), flush=True)
 turns = (Message("user", (Text("a shape"),)), Message("assistant", (Text("a red disc"),)))
 document = render(Sample(turns), built.tokenizer, built.layout)
 loss = Loss(name="beside", function=plait_test_beside.loss, inputs=(), optional=("weights",))
@@ -58,13 +58,11 @@ del engine
 gc.collect()
 for future in futures:
     future.result(timeout=60)
-print("done", flush=True)
-wait()
+wait("done")
 while torch.distributed.is_initialized():
     time.sleep(0.01)
 engine = Engine(EngineSettings(devices=2))
-print(*engine._work.team.pids, flush=True)
-wait()
+wait(*engine._work.team.pids)
 """
 
 BESIDE = """

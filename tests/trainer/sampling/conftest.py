@@ -311,7 +311,7 @@ def poison(memory: Any) -> None:
 
 def is_whole(sampler: Sampler) -> bool:
     """Whether nobody holds a slot, once what is remembered is given up."""
-    while sampler.prefixes.drop():
+    while sampler.rooms.prefixes.drop():
         pass
     memory = sampler.memory
     assert isinstance(memory, KeyMemory)

@@ -134,7 +134,7 @@ def test_repeating_a_prompt_remembers_it_once(whole: Any, desk: Any) -> None:
     at = desk(Sampler(model.backbone))
     for seed in range(30):
         at.answer(whole.request(model, whole.prompt(START), max_tokens=5, seed=seed))
-    assert len(at.sampler.prefixes._known) == 1
+    assert len(at.sampler.rooms.prefixes._known) == 1
     assert at.sampler.memory.arena.size - at.sampler.memory.arena.free == LONG
 
 
