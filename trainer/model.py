@@ -101,7 +101,7 @@ class PlaitModel(nn.Module):
         """
         rows = self.backbone.embed_tokens(stream.token_ids)
         touched = torch.zeros((), device=self.device)
-        deeper: Deeper | None = None
+        deeper: list[tuple[Tensor, tuple[Tensor, ...]]] = []
         for name in self.encoders:
             encoder = self.media_encoder(name)
             batch = stream.media.get(name)
@@ -112,9 +112,11 @@ class PlaitModel(nn.Module):
             batch.check(encoded)
             source = batch.sources.to(self.device)
             features = torch.cat([item.embeddings for item in encoded])[source]
-            rows = rows.index_put((batch.index.to(self.device),), features.to(rows.dtype))
+            index = batch.index.to(self.device)
+            rows = rows.index_put((index,), features.to(rows.dtype))
             if encoded[0].layers:
-                deeper = _deeper_layers(stream, [item.layers for item in encoded], source)
+                stacks = zip(*(item.layers for item in encoded), strict=True)
+                deeper.append((index, tuple(torch.cat(stack)[source] for stack in stacks)))
         unknown = set(stream.media) - set(self.encoders.keys())
         if unknown:
             raise ModelError(
@@ -123,7 +125,8 @@ class PlaitModel(nn.Module):
             )
         visible = Intervals(*stream.visible)
         adapters = [self.adapter] * len(stream.bounds)
-        return Rows(rows, stream.positions, visible, stream.bounds, adapters, deeper), touched
+        joined = Deeper.joined(len(rows), deeper)
+        return Rows(rows, stream.positions, visible, stream.bounds, adapters, joined), touched
 
     def hidden(self, stream: TokenStream) -> tuple[Tensor, Tensor]:
         """(T, H) last hidden states, and the zero of `embed`."""
@@ -181,6 +184,7 @@ class PlaitModel(nn.Module):
             logprobs = scored.logprobs
             batch = _loss_batch(stream, index[learned[index]], objective, scored, read)
             losses = objective.loss.function(batch)
+            _check_losses(losses, objective.loss.name, len(stream.bounds))
             loss, metrics = losses.sum(), objective.loss.metrics(batch)
         weights = _weights(stream)
         return Sums(
@@ -241,11 +245,6 @@ class PlaitModel(nn.Module):
         return TOWER_PARTS[self.media_encoder(encoder).encoder.medium]
 
 
-def _deeper_layers(stream: TokenStream, layers: list[tuple[Tensor, ...]], source: Tensor) -> Deeper:
-    stacked = tuple(torch.cat(parts)[source] for parts in zip(*layers, strict=True))
-    return Deeper(stream.is_media.to(source.device), stacked)
-
-
 def _loss_batch(
     stream: TokenStream, index: Tensor, objective: Objective, scored: Scored, read: Tensor
 ) -> LossBatch:
@@ -262,6 +261,19 @@ def _loss_batch(
         config=objective.config,
         entropy=None if scored.entropy is None else scored.entropy[read],
     )
+
+
+def _check_losses(losses: Any, name: str, documents: int) -> None:
+    """
+    Raises:
+        ModelError: they are not one number of each document.
+    """
+    shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+    if shape != (documents,):
+        raise ModelError(
+            f"a loss must return one number per document, shape ({documents},); {name!r} returned "
+            f"{shape}: sum its values with batch.per_document"
+        )
 
 
 def _lengths(stream: TokenStream, index: Tensor) -> Tensor:

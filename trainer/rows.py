@@ -5,12 +5,12 @@ Shape letters: T positions of a row, M positions that media fill, H hidden size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from plait.errors import ModelError
 from plait.kernels.interval_attention import Intervals
 
 
@@ -23,6 +23,29 @@ class Deeper:
 
     mask: Tensor
     layers: tuple[Tensor, ...]
+
+    @classmethod
+    def joined(
+        cls, length: int, found: Sequence[tuple[Tensor, tuple[Tensor, ...]]]
+    ) -> "Deeper | None":
+        """Those of a row of `length` positions; None where no encoder has any.
+
+        Args:
+            found: Of each encoder that has some: positions (P,), and for each layer (P, H). One
+                with fewer layers adds nothing to the later ones.
+        """
+        if not found:
+            return None
+        index = torch.cat([places for places, _ in found])
+        order = index.argsort()
+        depth = max(len(stack) for _, stack in found)
+        padded = [
+            (*stack, *[torch.zeros_like(stack[0])] * (depth - len(stack))) for _, stack in found
+        ]
+        layers = tuple(torch.cat(layer)[order] for layer in zip(*padded, strict=True))
+        mask = torch.zeros(length, dtype=torch.bool, device=index.device)
+        mask[index] = True
+        return cls(mask, layers)
 
     def part(self, start: int, stop: int) -> "Deeper":
         """Positions [start, stop)."""
@@ -116,16 +139,10 @@ def join_positions(parts: Sequence[Tensor]) -> Tensor:
 
 def join_deeper(parts: Sequence[Deeper | None], lengths: Sequence[int]) -> Deeper | None:
     """Features of several rows; rows without any have nothing at their positions."""
-    found = [part for part in parts if part is not None]
-    if not found:
-        return None
-    depths = {len(part.layers) for part in found}
-    if len(depths) > 1:
-        raise ModelError(f"rows have features for {sorted(depths)} deeper layers; use one encoder")
-    device = found[0].mask.device
-    masks = [
-        torch.zeros(length, dtype=torch.bool, device=device) if part is None else part.mask
-        for part, length in zip(parts, lengths, strict=True)
+    starts = accumulate(lengths, initial=0)
+    found = [
+        (part.mask.nonzero().flatten() + start, part.layers)
+        for part, start in zip(parts, starts, strict=False)
+        if part is not None
     ]
-    layers = tuple(torch.cat(layer) for layer in zip(*(p.layers for p in found), strict=True))
-    return Deeper(torch.cat(masks), layers)
+    return Deeper.joined(sum(lengths), found)

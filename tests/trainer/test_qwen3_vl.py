@@ -6,6 +6,7 @@ layers (deepstack), rotary positions in three dimensions, and decoding through o
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from plait.encoders.qwen3_vl.encoder import Qwen3VLVision
 from plait.modalities import Image, Text
 from plait.stream import (
     Document,
+    Encoded,
     ItemInputs,
     Message,
     Sample,
@@ -37,6 +39,7 @@ from plait.stream import (
     render,
 )
 from plait.trainer.model import PlaitModel
+from plait.trainer.rows import Deeper
 from plait.trainer.sampling.branches import Branches
 from plait.trainer.sampling.generating import generate
 from plait.trainer.sampling.requests import Generated, Request
@@ -238,12 +241,57 @@ def test_deeper_features_matter_and_reach_their_own_positions(
 ) -> None:
     documents, inputs = rendered(ours, layout, tokenizer, list(SAMPLES.values()))
     right, _ = compute(ours, pack(documents, inputs))
-    monkeypatch.setattr("plait.trainer.model._deeper_layers", lambda *_: {})
+    monkeypatch.setattr(Deeper, "joined", lambda *_: None)
     without, _ = compute(ours, pack(documents, inputs))
     stream = pack(documents, inputs)
     start, stop = stream.bounds[2]
     changed = (right - without).abs().amax(1) > 1e-3
     assert changed[stream.is_media].all() and not changed[start:stop].any()
+
+
+class First(nn.Module):
+    """A pool that keeps the first of an encoder's deeper layers."""
+
+    def __init__(self, kept: int) -> None:
+        super().__init__()
+        self.kept, self.keep = kept, create_pool("keep")
+
+    def forward(self, encoded: Encoded) -> Encoded:
+        made: Encoded = self.keep(encoded)
+        return replace(made, layers=made.layers[: self.kept])
+
+
+def test_encoders_with_more_and_fewer_deeper_layers_share_a_row(
+    ours: PlaitModel, layout: Any, tokenizer: Any
+) -> None:
+    """Each document reads as it does alone, whichever encoder comes first in the model."""
+    whole = ours.media_encoder("qwen3_vl")
+    encoders = {"qwen3_vl": whole} | {
+        f"first {kept}": MediaEncoder(whole.encoder, First(kept), whole.projector, trainable=True)
+        for kept in (0, 1)
+    }
+    model = PlaitModel(ours.backbone, encoders).eval()
+    made = [sample("a", picture(40, 70), "and"), sample("b", "see", picture(33, 64), "this")]
+    drawn, inputs = rendered(ours, layout, tokenizer, made)
+    names = ["first 1", "qwen3_vl", "first 0", "first 1", "qwen3_vl"]
+    documents = [_read_by(name, drawn[number % 2]) for number, name in enumerate(names)]
+    loaded = [inputs[number % 2] for number in range(len(names))]
+    stream = pack(documents, loaded)
+    together, _ = compute(model, stream)
+    alone = [compute(model, pack([d], [i]))[0] for d, i in zip(documents, loaded, strict=True)]
+    for (start, stop), expected in zip(stream.bounds, alone, strict=True):
+        torch.testing.assert_close(together[start:stop], expected, rtol=1e-5, atol=1e-5)
+    for fewer, more in ((2, 0), (0, 4), (3, 1)):  # the same picture, read by fewer of the layers
+        assert (alone[more] - alone[fewer]).abs().max() > 1e-3
+
+
+def _read_by(encoder: str, document: Document) -> Document:
+    spans = tuple(replace(span, encoder=encoder) for span in document.spans)
+    plans = [replace(item.plan, encoder=encoder) for item in document.items]
+    items = zip(document.items, plans, strict=True)
+    return replace(
+        document, spans=spans, items=tuple(replace(item, plan=plan) for item, plan in items)
+    )
 
 
 def test_decoding_through_our_cache_equals_transformers(
