@@ -44,6 +44,7 @@ _HOMES = {
     "EncodedTextChunk": "plait.types",
     "ImageChunk": "plait.types",
     "ModelInput": "plait.types",
+    "OptimizerParams": "plait.types",
     "SamplingParams": "plait.types",
     "TensorData": "plait.types",
     "SamplingClient": "plait.client",
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from plait.types import EncodedTextChunk as EncodedTextChunk
     from plait.types import ImageChunk as ImageChunk
     from plait.types import ModelInput as ModelInput
+    from plait.types import OptimizerParams as OptimizerParams
     from plait.types import SamplingParams as SamplingParams
     from plait.types import TensorData as TensorData
     from plait.types import VideoChunk as VideoChunk

@@ -85,7 +85,8 @@ class UnknownNameError(ConfigError, LookupError):
     def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
         self.kind, self.name, self.known = kind, name, tuple(sorted(known))
         near = get_close_matches(str(name), self.known, n=1, cutoff=0.5)
-        offer = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self.known)}"
+        known_ones = f"known: {', '.join(self.known)}" if self.known else "there are none"
+        offer = f"did you mean {near[0]!r}?" if near else known_ones
         super().__init__(f"unknown {kind} {name!r}; {offer}")
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -219,7 +219,12 @@ class Datum:
 def _tensor(name: str, value: Any) -> TensorData:
     if hasattr(value, "detach"):
         return TensorData.from_torch(value)
-    return TensorData(np.asarray(value), INPUTS[name])
+    given = np.asarray(value)
+    wanted = np.dtype(INPUTS[name])
+    if given.dtype.kind not in ("iu" if wanted.kind == "i" else "iuf") and given.size:
+        kind = "whole numbers" if wanted.kind == "i" else "numbers"
+        raise DataError(f"loss input {name!r} must be {kind}; it holds {given.flat[0]!r}")
+    return TensorData(given, INPUTS[name])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ PUBLIC = [
     "Message",
     "ModelInput",
     "ModelSpec",
+    "OptimizerParams",
     "PlaitError",
     "Sample",
     "SamplingClient",

@@ -106,6 +106,16 @@ class Backbone:
         return positions
 
     @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Tokens that end a text, as `generation_config.json` names them; none where there is no
+        such file: a chat model may have several, of which its tokenizer knows one."""
+        config = getattr(self.language, "generation_config", None)
+        if config is None or getattr(config, "_from_model_config", False):
+            return ()
+        ends = config.eos_token_id
+        return tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (ends,)
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of one position's keys and values, from the configuration."""
         text = self.language.config.get_text_config()

@@ -17,7 +17,7 @@ No file is a pickle and none is executed.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy as copy_of
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +63,9 @@ class State:
 
     pending_weight: float = 0.0
     """What they were summed over."""
+
+    parameters: list[str] = field(default_factory=list)
+    """Names of all that trains, in the run's order."""
 
 
 Weights = dict[str, dict[str, Tensor]]
@@ -190,14 +193,23 @@ def capture(
     return State(step, optimizer.state_dict(), random, extra, kind)
 
 
-def check_state(folder: Path, state: State | None, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a state that cannot be put into `optimizer`.
+def check_state(
+    folder: Path, state: State | None, optimizer: torch.optim.Optimizer, trains: Sequence[str]
+) -> None:
+    """Refuse a state that cannot be put into a run.
+
+    Args:
+        optimizer: The run's.
+        trains: Names of all that trains in the run.
 
     Raises:
-        CheckpointError: there is none, or it is of an optimiser of other parts.
+        CheckpointError: there is none, or it is of other parts or parameters.
     """
     if state is None:
-        raise CheckpointError(f"checkpoint {folder} holds weights only; use load_state")
+        raise CheckpointError(
+            f"checkpoint {folder} holds weights only: use load_state, or "
+            "create_training_client_from_state"
+        )
     saved, mine = (
         [(group["part"], group["decays"], len(group["params"])) for group in groups]
         for groups in (state.optimizer["param_groups"], optimizer.param_groups)
@@ -209,6 +221,13 @@ def check_state(folder: Path, state: State | None, optimizer: torch.optim.Optimi
         raise CheckpointError(
             f"an optimiser's state must be of the parts that train; checkpoint {folder} has it for "
             f"{trained}, and here train {training}: use load_state, or train the same parts"
+        )
+    odd = sorted(set(trains) ^ set(state.parameters))
+    if odd:
+        only = "here alone" if odd[0] in trains else "only there"
+        raise CheckpointError(
+            f"a state must be of the parameters that train; checkpoint {folder} has it for others: "
+            f"{odd[0]} trains {only}; use load_state, or train the same ones"
         )
 
 
@@ -279,6 +298,7 @@ def _write_state(folder: Path, state: State) -> None:
         "step": state.step,
         "optimizer": {"kind": state.kind, "param_groups": groups},
         "pending_weight": state.pending_weight,
+        "parameters": state.parameters,
         "extra": state.extra,
     }
     write_json(folder / "state.json", plain)
@@ -307,6 +327,7 @@ def _read_state(folder: Path, tensors: Mapping[str, dict[str, Tensor]]) -> State
         plain["optimizer"]["kind"],
         dict(tensors.get("gradients.safetensors", {})),
         float(plain["pending_weight"]),
+        plain["parameters"],
     )
 
 

@@ -109,6 +109,8 @@ def _reload(job: Job) -> tuple[list[Tensor], dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="plait-export-") as name:
         folder = Path(name)
         asked = {**asdict(job), "logits": folder / "logits.safetensors", "facts": folder / "facts"}
+        # The other process is elsewhere, and takes a relative folder for a name on the hub.
+        asked = {k: v.resolve() if isinstance(v, Path) else v for k, v in asked.items()}
         file = folder / "job.json"
         file.write_text(json.dumps(asked, default=str), encoding="utf-8")
         quiet = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}

@@ -15,6 +15,8 @@ from plait.encoders import registry
 from plait.errors import ConfigError
 from plait.trainer.inspection import describe
 from plait.trainer.run import VERSIONS
+from plait.trainer.source import Source
+from plait.trainer.store import Store
 
 
 def print_info(path: str | None, console: Console) -> None:
@@ -26,13 +28,17 @@ def print_info(path: str | None, console: Console) -> None:
     if path is None:
         _installation(console)
         return
+    if "://" in path:
+        with Source(Store(home() / "runs"), path).reading() as saved:
+            _checkpoint(saved, console, path)
+        return
     folder = Path(path)
     if not folder.exists():
         raise ConfigError(f"there is nothing at {path}; name a run, a checkpoint or a dataset")
     if (folder / "metrics.json").is_file() or (folder / "run.json").is_file():
         _run(folder, console)
     elif (folder / "manifest.json").is_file():
-        _checkpoint(folder, console)
+        _checkpoint(folder, console, str(folder))
     else:
         describe([open_records(folder)], console)
 
@@ -99,7 +105,7 @@ def _paths(data: dict[str, Any]) -> str:
     return " + ".join(one["data"]["path"] for one in blend) if blend else str(data["path"])
 
 
-def _checkpoint(folder: Path, console: Console) -> None:
+def _checkpoint(folder: Path, console: Console, title: str) -> None:
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     spec = manifest.get("spec", {})
     rows = {
@@ -109,4 +115,4 @@ def _checkpoint(folder: Path, console: Console) -> None:
         "files": ", ".join(manifest.get("files", {})),
     }
     rows |= {f"metadata {key}": value for key, value in manifest.get("user_metadata", {}).items()}
-    _facts(str(folder), rows, console)
+    _facts(title, rows, console)

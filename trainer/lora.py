@@ -69,7 +69,6 @@ def add_lora(
         use_dora=spec.dora,
         use_rslora=spec.rslora,
     )
-    trains = {name: p.requires_grad for name, p in model.named_parameters() if ".lora_" in name}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
         torch.manual_seed(seed)
@@ -78,8 +77,6 @@ def add_lora(
         if f".{adapter}." in name and ".lora_" in name:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-        elif name in trains:  # peft freezes all but the newest
-            parameter.requires_grad_(trains[name])
     return config
 
 
@@ -90,6 +87,8 @@ def remove_lora(model: nn.Module, adapter: str) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             layer: Any = module
+            # Or peft makes another one active, and says so for each layer.
+            layer._active_adapter = [one for one in layer.active_adapters if one != adapter]
             layer.delete_adapter(adapter)
     getattr(model, "peft_config", {}).pop(adapter, None)
 

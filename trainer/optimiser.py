@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plait.errors import ModelError, UnknownNameError
+from plait.errors import ConfigError, ModelError, UnknownNameError
 from plait.ranges import ADAMW, check_numbers
 from plait.trainer.spec import check_part_rates
 
@@ -96,7 +96,11 @@ def make_optimizer(
     optimizer: str = ADAM_W,
     options: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
-    """One group per part and kind of parameter; `prepare_step` sets its numbers each time."""
+    """One group per part and kind of parameter; `prepare_step` sets its numbers each time.
+
+    Raises:
+        ConfigError: the optimiser refuses its options.
+    """
     groups: dict[tuple[str, bool], list[Tensor]] = {}
     for part, _, parameter in trainable:
         groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
@@ -105,7 +109,13 @@ def make_optimizer(
         for (part, decays), parameters in groups.items()
     ]
     kind: Any = OPTIMIZERS[optimizer]
-    return kind(made, **(options or {}), foreach=True)  # type: ignore[no-any-return]
+    try:
+        return kind(made, **(options or {}), foreach=True)  # type: ignore[no-any-return]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"optimizer {optimizer!r} refuses its options {dict(options or {})}: {error}; "
+            f"torch.optim.{kind.__name__} says what they may be"
+        ) from error
 
 
 def prepare_step(

@@ -9,10 +9,14 @@ SCHEME = "tinker://"
 KINDS = ("weights", "sampler_weights")
 """To resume from, and weights alone."""
 
+LONGEST = 200
+"""Bytes of a name: file systems take 255, and a name that is set aside gets some more."""
+
 
 def fits(word: str) -> bool:
     """Whether a run or a checkpoint may be called so."""
-    return bool(word) and "/" not in word and not word.startswith(".") and word.isprintable()
+    short = 0 < len(word.encode()) <= LONGEST
+    return short and "/" not in word and not word.startswith(".") and word.isprintable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,10 @@ class Place:
     def __post_init__(self) -> None:
         for word in (self.run, self.name):
             if not fits(word):
-                raise ConfigError(f"a checkpoint's name has no / and no leading dot; got {word!r}")
+                raise ConfigError(
+                    f"a checkpoint's name has 1 to {LONGEST} bytes, no / and no leading dot; got "
+                    f"{word!r}"
+                )
 
     @classmethod
     def of(cls, path: str) -> "Place":

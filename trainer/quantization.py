@@ -30,7 +30,7 @@ def options(folder: Path, dtype: str, device: torch.device | None) -> dict[str, 
     if find_spec("bitsandbytes") is None:
         raise ConfigError(
             "model.quantize 'nf4' needs bitsandbytes, which is not installed: pip install "
-            "'plait[qlora]', or leave model.quantize out"
+            "-c constraints.txt -e '.[qlora]', or leave model.quantize out"
         )
     from transformers import BitsAndBytesConfig
 

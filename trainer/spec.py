@@ -45,10 +45,15 @@ class LoraSpec:
     """Scale by alpha over the root of the rank (Kalajdzievski 2023, arXiv 2312.03732)."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"lora.rank must be at least 1; it is {self.rank}")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"lora.dropout must be in [0, 1); it is {self.dropout}")
+        check_number("lora.rank", self.rank, "[1, inf)", whole=True)
+        check_number("lora.alpha", self.alpha, "(0, inf)")
+        check_number("lora.dropout", self.dropout, "[0, 1)")
+        targets: object = self.targets
+        if isinstance(targets, str) or not targets:
+            raise ConfigError(
+                "lora.targets must be a list of layers' names, or of 'all-linear'; it is "
+                f"{targets!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

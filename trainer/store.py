@@ -117,7 +117,8 @@ class Store:
             for folder in (target.parent.parent, self.root):
                 sync(folder)
             replace_folder(target, aside)
-            self._sweep()
+            with suppress(OSError):  # the checkpoint is there, whatever else cannot be removed
+                self._sweep()
 
     @contextmanager
     def reading(self, place: Place) -> Iterator[Path]:
@@ -176,7 +177,8 @@ class Store:
         """
         with self._changing(place) as folder:
             self._remove(folder)
-            self._sweep()
+            with suppress(OSError):
+                self._sweep()
 
     def set_ttl(self, place: Place, ttl_seconds: float | None) -> None:
         """Let a checkpoint expire so many seconds from now, or never.

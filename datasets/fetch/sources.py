@@ -60,11 +60,12 @@ def source_names() -> list[str]:
 
 def listing() -> str:
     """A line a source: its name, what it brings, and the licences of all its data."""
-    lines = []
-    for name in source_names():
+    lines, names = [], source_names()
+    width = max(map(len, names)) + 2
+    for name in names:
         held = family(name)
         licences = dict.fromkeys(data.license for source in held for data in source.data)
-        lines.append(f"{name:<10}{held[-1].about} ({', '.join(licences)})")
+        lines.append(f"{name:<{width}}{held[-1].about} ({', '.join(licences)})")
     return "\n".join(lines)
 
 

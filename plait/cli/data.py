@@ -49,7 +49,7 @@ def _add_info(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         commands, "info", _info,
         "Say what is installed and cached, or what a path holds: rows, media, lengths.",
     )  # fmt: skip
-    parser.add_argument("path", nargs="?", help="a run, a checkpoint, or a dataset")
+    parser.add_argument("path", nargs="?", help="a run, a checkpoint (tinker://... too), a dataset")
     _add_reading(parser)
 
 

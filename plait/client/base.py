@@ -3,10 +3,11 @@
 from typing import Any, Self
 
 from plait.client.futures import AsyncNames, Ready
-from plait.client.inputs import check_expected, input_from, part_of, piece_of
+from plait.client.inputs import check_expected, input_from, piece_of
 from plait.errors import ConfigError
 from plait.modalities import Part
 from plait.stream import Document, Message, Sample, render
+from plait.stream.samples import as_part
 from plait.trainer.build import Built
 from plait.trainer.engine.controller import Engine
 from plait.trainer.engine.inputs import document_from
@@ -31,7 +32,7 @@ class Client(AsyncNames, Ready):
     def prompt(self, *content: Part | Message | str) -> ModelInput:
         """The input that asks for an assistant's answer to a user's parts, or to messages."""
         messages = tuple(part for part in content if isinstance(part, Message))
-        parts = tuple(part_of(part) for part in content if not isinstance(part, Message))
+        parts = tuple(as_part(part) for part in content if not isinstance(part, Message))
         if messages and parts:
             raise ConfigError("a prompt is made of messages or of one user's parts, not of both")
         sample = Sample(messages=messages or (Message("user", parts),))

@@ -36,10 +36,17 @@ def weighted_data(
     negative derivatives of the loss.
 
     Raises:
-        ConfigError: the loss is no scalar that depends on the logprobs.
+        ConfigError: it does not return a scalar that depends on the logprobs, and metrics, or a
+            derivative is not finite.
     """
     leaves = [values.clone().requires_grad_() for values in logprobs]
-    loss, metrics = loss_fn(data, leaves)
+    returned = loss_fn(data, leaves)
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise ConfigError(
+            "a custom loss must return two things: a scalar tensor, and metrics, a dict of numbers "
+            f"by name; it returned {_told(returned)}"
+        )
+    loss, metrics = returned
     if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
         raise ConfigError(
             "a custom loss must return a scalar tensor that depends on the logprobs, and metrics; "
@@ -47,8 +54,13 @@ def weighted_data(
         )
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     weighted = []
-    for datum, leaf, gradient in zip(data, leaves, gradients, strict=True):
+    for number, (datum, leaf, gradient) in enumerate(zip(data, leaves, gradients, strict=True)):
         weights = torch.zeros_like(leaf) if gradient is None else -gradient
+        if not bool(weights.isfinite().all()):
+            raise ConfigError(
+                "a custom loss must have finite derivatives; those by the logprobs of datum "
+                f"{number} are not all: logprobs of positions without a target are 0"
+            )
         inputs: dict[str, Any] = {
             "target_tokens": datum.loss_fn_inputs["target_tokens"],
             "weights": TensorData.from_torch(weights),

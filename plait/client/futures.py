@@ -44,7 +44,11 @@ class APIFuture(Generic[Value]):
         return True
 
     def __await__(self) -> Generator[Any, None, Value]:
-        raw = yield from asyncio.wrap_future(self._future).__await__()
+        try:
+            raw = yield from asyncio.wrap_future(self._future).__await__()
+        except asyncio.CancelledError:  # nobody waits for it any more, as after `wait_for`'s time
+            self.cancel()
+            raise
         value: Value = self._convert(raw)
         return value
 

@@ -1,27 +1,23 @@
 """Between chunks, which users see, and documents, which the engine computes."""
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from plait.errors import ConfigError, DataError
-from plait.modalities import Audio, Image, Limits, Part, Text, Video
-from plait.stream import Document, Message, Sample
+from plait.modalities import Audio, Image, Limits, Video
+from plait.stream import Document, Sample
 from plait.trainer.engine.inputs import Media, Piece, pieces_of
 from plait.types import (
     FORMATS,
     AudioChunk,
     Chunk,
+    Datum,
     EncodedTextChunk,
     ImageChunk,
     MediaChunk,
     ModelInput,
     VideoChunk,
 )
-
-
-def part_of(content: Part | Message | str) -> Part:
-    if isinstance(content, str):
-        return Text(content)
-    if isinstance(content, Message):
-        raise ConfigError("a message is not a part")
-    return content
 
 
 def piece_of(chunk: Chunk) -> Piece:
@@ -78,6 +74,30 @@ def _check_format(chunk: ImageChunk, limits: Limits) -> None:
             f"{chunk.format!r}: correct it, or leave it out",
             chunk.origin,
         )
+
+
+def check_data(data: Any) -> list[Datum]:
+    """The data of a call, which are several.
+
+    Raises:
+        DataError: they are none, or something else, or one of them has no targets.
+    """
+    if not isinstance(data, Iterable) or isinstance(data, Mapping | str):
+        raise DataError(f"data are a list of Datum; they were given as {type(data).__name__}")
+    given = list(data)
+    if not given:
+        raise DataError("forward and forward_backward need at least one datum; they got none")
+    for number, datum in enumerate(given):
+        if not isinstance(datum, Datum):
+            raise DataError(
+                f"datum {number}: data are a list of Datum, and this is a {type(datum).__name__}; "
+                "TrainingClient.datum makes one of a sample"
+            )
+        if "target_tokens" not in datum.loss_fn_inputs:
+            raise DataError(
+                f"datum {number}: it needs target_tokens: the token after each position"
+            )
+    return given
 
 
 def check_plain(sample: Sample) -> None:

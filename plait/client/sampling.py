@@ -1,5 +1,6 @@
 """The client that samples."""
 
+import asyncio
 import queue
 import uuid
 import weakref
@@ -12,7 +13,7 @@ import numpy as np
 
 from plait.client.base import Client
 from plait.client.futures import APIFuture
-from plait.errors import ModelError
+from plait.errors import ConfigError, ModelError
 from plait.ranges import check_number
 from plait.stream import Document
 from plait.trainer.build import Built
@@ -76,18 +77,28 @@ class SamplingClient(Client):
         )
         return self._submit(command)
 
+    async def sample_async(self, *args: Any, **options: Any) -> SampleResponse:
+        """`sample`, and its result, as the Tinker API has it."""
+        future: APIFuture[SampleResponse] = await asyncio.to_thread(self.sample, *args, **options)
+        return await future
+
     def compute_logprobs(self, prompt: ModelInput) -> APIFuture[list[float | None]]:
         """The logprob of each of a prompt's tokens, given those before it.
 
         None stands for the first, which nothing precedes, and for media.
         """
-        params = SamplerSettings(max_tokens=1, temperature=0)
-        command = commands.Sample(self._view, self._prompt(prompt), params, prompt_logprobs=True)
+        command = commands.Sample(
+            self._view, self._prompt(prompt), SamplerSettings(), samples=0, prompt_logprobs=True
+        )
         return APIFuture(self._queued(command), lambda sampled: sampled.scores.logprobs)
+
+    async def compute_logprobs_async(self, prompt: ModelInput) -> list[float | None]:
+        """`compute_logprobs`, and its result, as the Tinker API has it."""
+        return await (await asyncio.to_thread(self.compute_logprobs, prompt))
 
     def stream(
         self, prompt: ModelInput, num_samples: int, sampling_params: SamplingParams
-    ) -> Iterator[SampledToken]:
+    ) -> "TokenStream":
         """The tokens of `sample` as they come, those of several sequences by turns.
 
         An iterator that is closed or dropped before its end cancels the rest.
@@ -103,14 +114,15 @@ class SamplingClient(Client):
         )
         future = self._submit(command)
         future._future.add_done_callback(lambda _: arrived.put(None))
-        return _tokens(arrived, future)
+        return TokenStream(arrived, future)
 
     def _submit(self, command: commands.Sample) -> APIFuture[SampleResponse]:
         name = uuid.uuid4().hex
         named = commands.named(command, name)
         # Of the engine, not of this client: a result that is kept must not keep its weights.
         cancel = partial(self._engine.discard, commands.CancelSample(self._view, name))
-        return APIFuture(self._queued(named), _sample_response, cancel)
+        told = partial(_sample_response, top=command.top_prompt_logprobs > 0)
+        return APIFuture(self._queued(named), told, cancel)
 
     def _queued(self, command: commands.Sample) -> "Future[Any]":
         if not self._release.alive:
@@ -118,6 +130,11 @@ class SamplingClient(Client):
         return self._engine.submit(command)
 
     def _prompt(self, prompt: ModelInput) -> Document:
+        if not isinstance(prompt, ModelInput):
+            raise ConfigError(
+                f"a prompt is a ModelInput; it was given as {type(prompt).__name__}: "
+                "client.prompt(...) makes one of texts and media, ModelInput.from_ints of token ids"
+            )
         return self._document(Datum(prompt))
 
     def close(self) -> None:
@@ -126,6 +143,8 @@ class SamplingClient(Client):
             self._engine.finish(commands.DropView(self._view))
 
     def _settings(self, params: SamplingParams) -> SamplerSettings:
+        if not isinstance(params, SamplingParams):
+            raise ConfigError(f"how to sample is told by SamplingParams; it was given {params!r}")
         stop: tuple[int | str, ...] | None = None if params.stop is None else tuple(params.stop)
         for token in stop or ():
             if isinstance(token, int):
@@ -141,18 +160,34 @@ class SamplingClient(Client):
         )
 
 
-def _tokens(
-    arrived: "queue.SimpleQueue[SampledToken | None]", future: APIFuture[SampleResponse]
-) -> Iterator[SampledToken]:
-    try:
-        while (token := arrived.get()) is not None:
-            yield token
-        future.result()  # raises what ended it early
-    finally:
-        future.cancel()
+class TokenStream(Iterator[SampledToken]):
+    """Tokens as they come; closed or dropped before its end, begun or not, it cancels the rest."""
+
+    def __init__(
+        self,
+        arrived: "queue.SimpleQueue[SampledToken | None]",
+        future: APIFuture[SampleResponse],
+    ) -> None:
+        self._arrived, self._future = arrived, future
+        self._cancel = weakref.finalize(self, future.cancel)
+        self._cancel.atexit = False
+
+    def __next__(self) -> SampledToken:
+        if not self._cancel.alive:
+            raise StopIteration
+        token = self._arrived.get()
+        if token is None:
+            self._cancel.detach()
+            self._future.result()  # raises what ended it early
+            raise StopIteration
+        return token
+
+    def close(self) -> None:
+        """Cancel what has not come yet; idempotent."""
+        self._cancel()
 
 
-def _sample_response(sampled: commands.Sampled) -> SampleResponse:
+def _sample_response(sampled: commands.Sampled, top: bool = False) -> SampleResponse:
     scores = sampled.scores
     return SampleResponse(
         [
@@ -160,5 +195,5 @@ def _sample_response(sampled: commands.Sampled) -> SampleResponse:
             for row in sampled.samples
         ],
         None if scores is None else scores.logprobs,
-        None if scores is None or not any(scores.top) else scores.top,
+        None if scores is None or not top else scores.top,
     )

@@ -1,19 +1,20 @@
 """The client that trains."""
 
+import json
 import uuid
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from plait.client.base import Client
 from plait.client.custom import LossOfLogprobs, unweighted, weighted_data
 from plait.client.futures import APIFuture
-from plait.client.inputs import check_plain, input_from
+from plait.client.inputs import check_data, check_plain, input_from
 from plait.client.objectives import evened, objective_of
 from plait.client.sampling import SamplingClient
-from plait.errors import DataError, ModelError
-from plait.stream import Sample, render
+from plait.errors import ConfigError, DataError, ModelError
+from plait.stream import Document, Sample, render
 from plait.trainer.build import Built, parameter_counts
 from plait.trainer.engine import commands
 from plait.trainer.engine.controller import Engine, facts_of
@@ -118,6 +119,7 @@ class TrainingClient(Client):
         Args:
             loss_fn: Returns the loss, a scalar tensor, and metrics by name.
         """
+        data = check_data(data)
         output = self.forward(unweighted(data)).result()
         logprobs = [row["logprobs"].to_torch() for row in output.loss_fn_outputs]
         weighted, metrics = weighted_data(data, logprobs, loss_fn)
@@ -132,18 +134,18 @@ class TrainingClient(Client):
     def _compute(
         self, data: Sequence[Datum], objective: Objective, backward: bool
     ) -> APIFuture[ForwardBackwardOutput]:
-        if not data:
-            raise DataError("forward_backward needs at least one datum; it was given none")
-        if any("target_tokens" not in datum.loss_fn_inputs for datum in data):
-            raise DataError("a datum needs target_tokens: the token after each position")
-        data = evened(data, objective.loss)
-        documents = [
-            self._document(datum, objective, number // 2 if objective.loss.paired else None)
-            for number, datum in enumerate(data)
-        ]
+        documents = list(self._documents(evened(check_data(data), objective.loss), objective))
         self._check_open()
         future = self._engine.forward_backward(self._run, documents, objective, backward=backward)
         return APIFuture(future, _forward_backward_output)
+
+    def _documents(self, data: Sequence[Datum], objective: Objective) -> Iterator[Document]:
+        for number, datum in enumerate(data):
+            group = number // 2 if objective.loss.paired else None
+            try:
+                yield self._document(datum, objective, group)
+            except DataError as error:
+                raise type(error)(f"datum {number}: {error.message}", error.origin) from error
 
     def optim_step(
         self, adam_params: AdamParams | OptimizerParams, *, divide_by_weight: bool = False
@@ -154,6 +156,11 @@ class TrainingClient(Client):
             divide_by_weight: Divide the summed gradients by the summed weights first, which makes
                 the step that of the mean loss per token.
         """
+        if not isinstance(adam_params, AdamParams | OptimizerParams):
+            raise ConfigError(
+                f"a step is told by AdamParams or OptimizerParams; it was given {adam_params!r}: "
+                "write AdamParams(learning_rate=1e-4), for example"
+            )
         settings = StepSettings(**asdict(adam_params))
         future = self._submit(commands.OptimStep(self._run, settings, divide_by_weight))
         return APIFuture(future, OptimStepResponse)
@@ -183,6 +190,7 @@ class TrainingClient(Client):
                 `load_state_with_optimizer` gives it back.
 
         Raises:
+            ConfigError: the name or the lifetime cannot be, or the cursor is not plain JSON.
             CheckpointError: by the result: the name is taken, or it cannot be written; what was
                 saved before is unchanged.
         """
@@ -198,6 +206,7 @@ class TrainingClient(Client):
         self, kind: str, name: str, ttl_seconds: float | None, overwrite: bool, cursor: Any = None
     ) -> APIFuture[SaveWeightsResponse]:
         check_ttl(ttl_seconds)
+        _check_cursor(cursor)
         place = Place(self.run_id, kind, name)
         command = commands.SaveState(
             self._run,
@@ -213,7 +222,7 @@ class TrainingClient(Client):
         return APIFuture(future, lambda digest: SaveWeightsResponse(place.path, digest))
 
     def load_state(self, path: str) -> APIFuture[LoadWeightsResponse]:
-        """Load saved weights; the optimiser stays as it is.
+        """Load saved weights; the optimiser stays as it is, and pending gradients go.
 
         Raises:
             ConfigError: there is no such checkpoint; it was deleted, or it expired.
@@ -262,6 +271,22 @@ class TrainingClient(Client):
         """Finish what is queued and forget the run; its sampling clients stay."""
         if self._release.detach():
             self._engine.finish(commands.DropRun(self._run))
+
+
+def _check_cursor(cursor: Any) -> None:
+    """
+    Raises:
+        ConfigError: it would not come back from JSON as it is.
+    """
+    try:
+        same = json.loads(json.dumps(cursor, allow_nan=False)) == cursor
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        raise ConfigError(
+            "a cursor comes back as it was, so it must be plain JSON (dicts with text keys, lists, "
+            f"texts, finite numbers, True, False, None); got {cursor!r}"
+        )
 
 
 def _forward_backward_output(results: list[commands.DocumentResult]) -> ForwardBackwardOutput:

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from plait.errors import Origin
-from plait.modalities import MediaPart, Part
+from plait.errors import DataError, Origin
+from plait.modalities import MediaPart, Part, Text
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation.
+    """One turn of a conversation. A text is a part, and stands for a turn of that part alone.
 
     `weight` scales the loss of an assistant turn; 0 shows the turn without learning it. Turns of
     other roles never carry loss.
@@ -20,6 +20,26 @@ class Message:
     parts: tuple[Part, ...]
     weight: float = 1.0
     tool_calls: tuple[Mapping[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        parts: Any = self.parts
+        given = (parts,) if isinstance(parts, str | Part) else parts
+        object.__setattr__(self, "parts", tuple(as_part(part) for part in given))
+
+
+def as_part(content: Part | str) -> Part:
+    """
+    Raises:
+        DataError: it is neither a part nor a text.
+    """
+    if isinstance(content, str):
+        return Text(content)
+    if not isinstance(content, Part):
+        raise DataError(
+            f"what is said is made of texts and media parts; {content!r} is neither: write it as "
+            "Text, Image, Audio or Video"
+        )
+    return content
 
 
 @dataclass(frozen=True, slots=True)

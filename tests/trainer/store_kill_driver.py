@@ -274,6 +274,7 @@ def serve() -> None:
         import_module(name)
     gc.collect()
     gc.freeze()
+    print("ready", flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         number = os.fork()

@@ -65,7 +65,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(path: str, near: str) -> Non
     ("data.captions.template", "{clas}", r"fit: captions\.template must hold \{text\}"),
     ("model.train", ["projectr"], "did you mean 'projector'"),
     ("model.train", [], "names no part"),
-    ("model.lora.dropout", 1.0, r"lora\.dropout must be in \[0, 1\)"),
+    ("model.lora.dropout", 1.0, r"lora\.dropout must be a number in \[0, 1\)"),
     ("model.encoders.image", {"name": "x", "grid": [2]}, "grid"),
     ("data.broken.on_error", "ignore", "on_error"),
     ("data.limits.max_image_pixels", 0, "max_image_pixels must be at least 1"),

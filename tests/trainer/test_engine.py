@@ -1,30 +1,30 @@
-"""The engine's commands, its plan of micro-batches, and the optimiser's arithmetic."""
+"""The engine's commands and its plan of micro-batches."""
 
 import pickle
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from plait.errors import ConfigError, DataError, ModelError, Origin, UnknownNameError
 from plait.modalities import Limits, Text
 from plait.stream import Document, Message, Sample, render
 from plait.trainer.build import Built
-from plait.trainer.config import TrainConfig, config_from
+from plait.trainer.config import config_from
 from plait.trainer.engine import commands
 from plait.trainer.engine.controller import Engine, EngineSettings
+from plait.trainer.engine.dropouts import draws
 from plait.trainer.engine.planning import plan
-from plait.trainer.model import LEARN
-from plait.trainer.optimiser import StepSettings, make_optimizer, prepare_step
+from plait.trainer.losses import Loss, LossBatch
+from plait.trainer.model import LEARN, Objective
+from plait.trainer.optimiser import StepSettings
 from plait.trainer.places import Place
 from plait.trainer.sampling.settings import SamplerSettings
-from plait.trainer.schedule import settings_at
 from plait.trainer.source import Source
 from plait.trainer.spec import LoraSpec, ModelSpec
 from plait.trainer.store import Store
@@ -187,6 +187,83 @@ def test_a_loss_that_is_not_finite_adds_nothing_and_names_its_datum(lone: Lone) 
     lone.step()
 
 
+def test_data_are_called_by_their_number_in_the_call(lone: Lone) -> None:
+    """Whatever the packing, which nobody sees."""
+    data = [document(7) for _ in range(6)]
+    data[4] = replace(data[4], weights=np.full(7, np.inf, dtype=np.float32))
+    with pytest.raises(DataError, match="that of datum 4 is"):
+        lone.forward_backward(data)
+
+
+def endless(batch: LossBatch) -> torch.Tensor:
+    """Documents of weight 3 have a finite loss, and a gradient that is not."""
+    values, spoilt = batch.logprobs.clone(), batch.weights == 3
+    found = batch.logprobs[spoilt]
+    values[spoilt] = (found - found.detach()).abs().sqrt()
+    return batch.per_document(values)
+
+
+def test_the_datum_whose_gradient_is_not_finite_is_found(lone: Lone) -> None:
+    data = [document(4) for _ in range(3)]  # of one micro-batch
+    data[1] = replace(data[1], weights=np.full(4, 3, dtype=np.float32))
+    objective = Objective(Loss(name="endless", function=endless, inputs=("weights",)), {})
+    with pytest.raises(DataError, match=r"those of datum 1 are not: nothing was added"):
+        lone.engine.forward_backward(lone.name, data, objective).result()
+    assert all(gradient is None for gradient in lone.run.gradients)
+    lone.engine.forward_backward(lone.name, [data[0], data[2]], objective).result()
+
+
+def test_loading_weights_forgets_what_failed_before(lone: Lone, tmp_path: Path) -> None:
+    place, store = Place("run", "sampler_weights", "one"), Store(tmp_path)
+    lone.engine.submit(commands.SaveState(lone.name, store, place, weights_only=True)).result()
+    bad = replace(document(5), weights=np.full(5, np.inf, dtype=np.float32))
+    with pytest.raises(DataError):
+        lone.forward_backward([bad])
+    source = Source(store, place.path)
+    lone.engine.submit(commands.LoadState(lone.name, source, with_optimizer=False)).result()
+    lone.forward_backward([document(5)])
+    lone.step()
+
+
+def test_a_step_says_whether_there_are_gradients_of_others(lone: Lone) -> None:
+    bad = replace(document(5), weights=np.full(5, np.inf, dtype=np.float32))
+    with pytest.raises(DataError):
+        lone.forward_backward([bad])
+    with pytest.raises(ModelError, match="no gradients of others: call forward_backward again"):
+        lone.step()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5])
+def test_a_seed_is_one_that_torch_can_have(engine: Engine, spec: ModelSpec, seed: Any) -> None:
+    with pytest.raises(ConfigError, match="seed must be a whole number"):
+        engine.create_run(spec, seed, Limits())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"rank": 2.5}, r"lora\.rank must be a whole number"),
+        ({"rank": True}, r"lora\.rank must be a whole number"),
+        ({"alpha": float("nan")}, r"lora\.alpha must be a number above 0"),
+        ({"targets": "q_proj"}, r"lora\.targets must be a list"),
+        ({"targets": ()}, r"lora\.targets must be a list"),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_refused(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        LoraSpec(**wrong)
+
+
+def test_a_rate_that_a_layer_hands_to_a_function_counts_as_dropout(lone: Lone) -> None:
+    """OPT, BioGPT and Whisper have no layer of dropout, and DINOv2 drops whole paths."""
+    layer = lone.built.model.language.get_decoder().layers[0]
+    assert not draws(lone.built)
+    for name in ("dropout", "activation_dropout", "drop_prob"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layer, name, 0.1, raising=False)
+            assert draws(lone.built)
+
+
 def test_untrained_parameters_are_named(lone: Lone) -> None:
     lone.forward_backward([document(5)])
     _, name, _ = lone.run.trainable[-1]
@@ -195,78 +272,111 @@ def test_untrained_parameters_are_named(lone: Lone) -> None:
         lone.step()
 
 
-class Toy(nn.Module):
-    """A matrix that decays and a bias that does not, of two parts."""
+def test_a_step_that_fails_in_its_middle_is_not_stepped_on_again(
+    lone: Lone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, store = Place("run", "weights", "one"), Store(tmp_path)
+    lone.forward_backward([document(5)])
+    lone.step()
+    lone.forward_backward([document(5)])
+    saved = lone.engine.submit(commands.SaveState(lone.name, store, place))
+    saved.result()
+    lone.step(divide_by_weight=True)
+    after = [parameter.detach().clone() for *_, parameter in lone.run.trainable]
 
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.matrix = nn.Parameter(torch.randn(3, 2, dtype=torch.float64, generator=generator))
-        self.bias = nn.Parameter(torch.randn(3, dtype=torch.float64, generator=generator))
+    def fails(self: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def trainable(self) -> Iterator[tuple[str, str, nn.Parameter]]:
-        yield "language", "matrix", self.matrix
-        yield "projector", "bias", self.bias
-
-
-@pytest.mark.parametrize("clip", [0.0, 0.1])
-def test_steps_are_adamw_on_divided_clipped_gradients(clip: float) -> None:
-    """Against the formulas of Loshchilov and Hutter (2019), in float64."""
-    toy = Toy()
-    trainable = list(toy.trainable())
-    settings = StepSettings(
-        learning_rate=0.1, weight_decay=0.2, grad_clip_norm=clip,
-        part_learning_rates={"projector": 0.3},
-    )  # fmt: skip
-    assert (settings.beta1, settings.beta2, settings.eps) == (0.9, 0.95, 1e-12)
-    optimizer = make_optimizer(trainable)
-    mine = [(toy.matrix.detach().clone(), 0.1, 0.2), (toy.bias.detach().clone(), 0.3, 0.0)]
-    moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value, _, _ in mine]
-    generator = torch.Generator().manual_seed(1)
-    for step in range(1, 5):
-        sums = [torch.randn(v.shape, dtype=torch.float64, generator=generator) for v, _, _ in mine]
-        toy.matrix.grad, toy.bias.grad = (gradient.clone() for gradient in sums)
-        metrics = prepare_step(trainable, optimizer, settings, divide_by=4.0)
-        optimizer.step()
-        means = [gradient / 4 for gradient in sums]
-        norm = float(torch.cat([gradient.flatten() for gradient in means]).norm())
-        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-12)
-        scale = min(1.0, clip / norm) if clip else 1.0
-        for (value, rate, decay), (first, second), mean in zip(mine, moments, means, strict=True):
-            gradient = mean * scale
-            first.mul_(0.9).add_(0.1 * gradient)
-            second.mul_(0.95).add_(0.05 * gradient**2)
-            value.mul_(1 - rate * decay)
-            corrected = second.div(1 - 0.95**step).sqrt() + 1e-12
-            value.sub_(rate * first / (1 - 0.9**step) / corrected)
-        torch.testing.assert_close(toy.matrix.detach(), mine[0][0], rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(toy.bias.detach(), mine[1][0], rtol=1e-10, atol=1e-12)
+    lone.forward_backward([document(5)])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", fails)
+        with pytest.raises(ModelError, match=r"in its middle \(CUDA out of memory\)"):
+            lone.step(divide_by_weight=True)
+    more = commands.SaveState(lone.name, store, Place("run", "weights", "two"))
+    for refused in (
+        lone.step,
+        lambda: lone.forward_backward([document(5)]),
+        lambda: lone.forward_backward([document(5)], backward=False),
+        lambda: lone.engine.submit(more).result(),
+        lambda: lone.engine.submit(commands.TakeView(lone.name, "view")).result(),
+    ):
+        with pytest.raises(ModelError, match="load_state_with_optimizer goes on"):
+            refused()
+    source = Source(store, place.path)
+    lone.engine.submit(commands.LoadState(lone.name, source, True)).result()
+    lone.step(divide_by_weight=True)
+    for mine, (*_, parameter) in zip(after, lone.run.trainable, strict=True):
+        assert torch.equal(mine, parameter)
 
 
-def test_a_rate_of_a_part_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(UnknownNameError, match=r"'projecter'; did you mean 'projector'"):
-        StepSettings(part_learning_rates={"projecter": 2e-3})
-    with pytest.raises(ConfigError, match=r"part_learning_rates\.vision must be a number"):
-        StepSettings(part_learning_rates={"vision": -1.0})
-    for name, value in {"learning_rate": float("nan"), "beta2": 1.0, "eps": 0.0}.items():
-        with pytest.raises(ConfigError, match=f"{name} must be a number"):
-            StepSettings(**{name: value})
+def test_weights_alone_do_not_bring_back_what_an_optimiser_remembers_of_half_a_step(
+    lone: Lone, tmp_path: Path
+) -> None:
+    place, store = Place("run", "sampler_weights", "one"), Store(tmp_path)
+    lone.forward_backward([document(5)])
+    lone.step()
+    lone.engine.submit(commands.SaveState(lone.name, store, place, weights_only=True)).result()
+    load = commands.LoadState(lone.name, Source(store, place.path), False)
+    before = lone.run.optimizer
+    lone.engine.submit(load).result()
+    assert lone.run.optimizer is before is not None
+    lone.run.spoilt = "memory ended"
+    lone.engine.submit(load).result()
+    assert lone.run.optimizer is None
+    lone.forward_backward([document(5)])
+    lone.step()
 
 
-def test_rates_rise_linearly_and_fall_along_a_cosine() -> None:
-    config = TrainConfig(
-        steps=10, warmup=4, learning_rate=1.0, final_share=0.1,
-        part_learning_rates={"projector": 2.0}, weight_decay=0.3, grad_clip_norm=0.7,
-    )  # fmt: skip
-    rates = [settings_at(step, config).learning_rate for step in range(11)]
-    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert rates[4] == 1.0
-    assert rates[7] == pytest.approx(0.55)
-    assert rates[10] == pytest.approx(0.1)
-    assert all(a > b for a, b in pairwise(rates[4:]))
-    settings = settings_at(1, config)
-    assert settings.part_learning_rates == {"projector": 1.0}
-    assert (settings.weight_decay, settings.grad_clip_norm) == (0.3, 0.7)
+def test_a_divided_step_divides_by_the_weights_of_all_calls_before_it(lone: Lone) -> None:
+    lone.forward_backward([document(5), document(3)])
+    together = lone.step(divide_by_weight=True)["grad_norm:mean"]
+    again = Lone(lone.built.spec, EngineSettings(capacity=12))
+    for length in (5, 3):
+        again.forward_backward([document(length)])
+    assert again.step(divide_by_weight=True)["grad_norm:mean"] == pytest.approx(together, rel=1e-5)
+    again.engine.close()
+
+
+@pytest.mark.parametrize("weight", [0.0, -2.0])
+def test_gradients_are_not_divided_by_what_would_turn_them_round(lone: Lone, weight: float) -> None:
+    weights = np.full(5, weight, dtype=np.float32)
+    lone.forward_backward([replace(document(5), weights=weights)])
+    with pytest.raises(ModelError, match=f"sum is above 0; it is {5 * weight:g}"):
+        lone.step(divide_by_weight=True)
+    lone.step()
+
+
+def test_the_garbage_collector_waits_for_no_lock(engine: Engine) -> None:
+    """It may drop a client in any line, of a thread that holds any lock."""
+    with engine._lock:
+        dropping = threading.Thread(target=engine.discard, args=[commands.DropRun("nobody")])
+        ending = threading.Thread(target=engine._work.end)
+        for thread in (dropping, ending):
+            thread.start()
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def test_what_was_queued_before_a_run_is_dropped_is_done(lone: Lone) -> None:
+    computed = lone.engine.forward_backward(lone.name, [document(5)])
+    lone.engine.discard(commands.DropRun(lone.name))
+    assert len(computed.result()) == 1
+    lone.engine.submit(commands.DropRun("nobody")).result()  # what came before it is done
+    assert lone.name not in lone.engine.executor.runs
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("capacity", 0), ("capacity", "4096"), ("max_documents", 0), ("sampler_memory_mb", -3)],
+)
+def test_settings_that_nothing_can_be_computed_with_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be a whole number of at least 1"):
+        EngineSettings(**{name: value})
+
+
+def test_no_document_is_nothing_to_compute(engine: Engine, lone: Lone) -> None:
+    with pytest.raises(DataError, match="at least one document"):
+        engine.forward_backward(lone.name, [])
 
 
 def test_dropout_draws_from_the_run_s_own_state(spec: ModelSpec) -> None:

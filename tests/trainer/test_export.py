@@ -89,6 +89,15 @@ def test_an_export_computes_the_same_without_plait(
             torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_export_may_be_wanted_in_a_relative_folder(
+    saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export.export(source(saved("lora")), Path("out"), merge=merge)
+    assert (tmp_path / "out" / "export.json").exists()
+
+
 def test_an_export_carries_all_that_renders_and_reads_media(
     saved: Callable[..., Path], lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@ bytes stand for it, which nothing can compute with, and what was left behind is 
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -85,3 +86,27 @@ def test_a_run_that_waits_elsewhere_costs_no_row_anything(lab: Any) -> None:
     for name in ("one", "two"):
         executor.execute(commands.DropRun(name))
     assert idle._here == {} and idle._gone == {}
+
+
+def test_what_memory_does_not_suffice_for_comes_back_later(lab: Any) -> None:
+    left = [-1]
+
+    def back(tensor: Tensor, device: torch.device) -> Tensor:
+        left[0] -= 1
+        if left[0] == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return returned(tensor, device)
+
+    idle = Idle(elsewhere, back, ("cpu",), patience=2)
+    executor, _ = loop(lab, idle)
+    run = executor.runs["one"]
+    for _ in range(4):
+        idle.row_done()
+    left[0] = 3
+    with pytest.raises(torch.OutOfMemoryError):
+        idle.used(run)
+    idle.used(run)
+    assert run.optimizer is not None
+    moments = [value for values in run.optimizer.state.values() for value in values.values()]
+    assert not any(moment.dtype == torch.uint8 for moment in moments)
+    assert "one" not in idle._gone

@@ -149,6 +149,9 @@ def test_an_optimiser_is_kept_and_its_options_are_known(lab: Any) -> None:
         StepSettings(optimizer="adamx")
     with pytest.raises(UnknownNameError, match="option of optimizer 'sgd' 'momentun'"):
         StepSettings(optimizer="sgd", options={"momentun": 0.9})
+    for wrong in ({"momentum": -1.0}, {"momentum": "x"}, {"nesterov": True}):
+        with pytest.raises(ConfigError, match="optimizer 'sgd' refuses its options"):
+            make_optimizer([("language", "w", nn.Parameter(torch.ones(2)))], "sgd", wrong)
     built = lab.build()
     run = Run("alone", built)
     sums = built.model.compute(lab.stream(built, lab.samples), LEARN)

@@ -81,7 +81,9 @@ def test_what_cannot_be_quantized_is_refused(tiny_language: Path, tmp_path: Path
 
 def test_without_bitsandbytes_the_remedy_is_told(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"not installed: pip install 'plait\[qlora\]'"):
+    with pytest.raises(
+        ConfigError, match=r"not installed: pip install -c constraints.txt -e '.\[qlora\]'"
+    ):
         lab.build(quantize="nf4")
 
 

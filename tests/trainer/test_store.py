@@ -155,6 +155,21 @@ def test_of_two_that_save_under_one_name_the_later_is_refused(kept: Store) -> No
                           for name in ("lifetime.json", "manifest.json", "weights")]  # fmt: skip
 
 
+def test_a_save_does_not_fail_for_what_others_left(
+    kept: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something that cannot be removed is no reason to deny what is on the disk."""
+
+    def denied(self: Store) -> None:
+        raise PermissionError(13, "Permission denied", "other")
+
+    monkeypatch.setattr(Store, "_sweep", denied)
+    digest = kept.save(ONE, holding(weights=b"1"))
+    assert [(entry.place, entry.digest) for entry in kept.entries()] == [(ONE, digest)]
+    kept.delete(ONE)
+    assert kept.entries() == []
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_save_that_fails_leaves_what_was_there(kept: Store, error: BaseException) -> None:
     kept.save(ONE, holding(weights=b"first"))

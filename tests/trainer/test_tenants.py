@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plait.errors import DataError, ModelError
+from plait.errors import ConfigError, DataError, ModelError
 from plait.modalities import Image, Limits
 from plait.stream import Document, Sample, render
 from plait.trainer.config import config_from
@@ -107,6 +107,7 @@ class Held:
         def waiting() -> None:
             assert self.gate.wait(60)
             work._turn = turn  # type: ignore[method-assign]
+            work._wait()  # takes in what was queued meanwhile
             turn()
 
         work._turn = waiting  # type: ignore[method-assign]
@@ -389,6 +390,17 @@ def test_a_dropped_run_leaves_nothing_on_the_language_model(
     assert not any(f".{gone}." in key for key in left)
     assert any(f".{four.runs[0].name}." in key for key in left)
     four.submit(0, samples).result()
+
+
+def test_a_run_that_cannot_be_made_leaves_nothing(four: Tenants, spec: ModelSpec) -> None:
+    language = four.runs[0].model.language
+    there = {name for name, _ in language.named_parameters()}
+    bases = len(four.engine.executor.bases)
+    for wrong in (spec, replace(spec, attention="naive")):  # on a model of others, on a new one
+        with pytest.raises(ConfigError, match="chooses no parameter of language"):
+            four.engine.create_run(replace(wrong, train=("language:nobody",)), 0, Limits())
+    assert {name for name, _ in language.named_parameters()} == there
+    assert len(four.engine.executor.bases) == bases
 
 
 def test_a_forward_backward_is_plain_data(four: Tenants, samples: list[Sample]) -> None:

@@ -189,7 +189,7 @@ class DropView:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Continue one prompt `samples` times with the weights of `view`."""
+    """Continue one prompt `samples` times, or only score it, with the weights of `view`."""
 
     view: str
     prompt: Document

@@ -27,6 +27,10 @@ Load = Callable[[Document, Built], list[ItemInputs]]
 _PROCESS_RANDOM = threading.Lock()
 
 
+class NotFiniteGradientsError(DataError):
+    """Of some document of a micro-batch, nobody knows which."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Slice:
     """One micro-batch of a run's `forward_backward`."""
@@ -69,6 +73,8 @@ def compute(
     """
     for one in slices:
         one.run.train(one.backward)
+    if slices:  # what they share: checkpointing saves memory in training mode alone
+        slices[0].run.model.backbone.train(any(one.backward for one in slices))
     learns = any(one.backward for one in slices) if backward is None else backward
     with _random_of(slices), torch.set_grad_enabled(learns):
         with all_or_none(group):
@@ -134,7 +140,7 @@ def _finite(slices: Sequence[Slice]) -> Callable[[Sequence[Sums]], None]:
             for document, (loss, _weight) in zip(one.documents, sums.documents, strict=True):
                 if not np.isfinite(loss):
                     raise DataError(
-                        f"a loss must be finite; that of {_named(one, document)} is {loss}: "
+                        f"a loss must be finite; that of {_named(document)} is {loss}: "
                         "nothing was added to the gradients; look at its data and its loss inputs",
                         document.origin,
                     )
@@ -146,7 +152,7 @@ def _check_gradients(learning: Sequence[Slice], runs: Sequence[Run], group: Grou
     """Collective where models are sharded: what one rank's data spoil may be another's shard.
 
     Raises:
-        DataError: some of this rank's slices have gradients that are not finite.
+        NotFiniteGradientsError: some of this rank's slices have gradients that are not finite.
         UndoneError: it has none, but another rank has.
     """
     spoilt = [run for run in runs if not _all_finite(run)]
@@ -155,9 +161,9 @@ def _check_gradients(learning: Sequence[Slice], runs: Sequence[Run], group: Grou
     if not learning:
         raise UndoneError
     one = next((one for one in learning if one.run in spoilt), learning[0])
-    names = ", ".join(_named(one, document) for document in one.documents[:3])
+    names = ", ".join(_named(document) for document in one.documents[:3])
     more = f" and {len(one.documents) - 3} more" if len(one.documents) > 3 else ""
-    raise DataError(
+    raise NotFiniteGradientsError(
         f"gradients must be finite, and those of {names}{more} are not: nothing was added; look "
         "at their data and loss inputs, or lower the learning rate",
         one.documents[0].origin,
@@ -170,10 +176,8 @@ def _all_finite(run: Run) -> bool:
     return not sums or bool(torch.stack(sums).sum().isfinite())
 
 
-def _named(one: Slice, document: Document) -> str:
-    if document.sample_id:
-        return f"datum {document.sample_id}"
-    return f"datum {one.documents.index(document)} of its micro-batch"
+def _named(document: Document) -> str:
+    return f"datum {document.sample_id}"
 
 
 @contextmanager

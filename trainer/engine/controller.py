@@ -6,12 +6,13 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
+from queue import Empty, SimpleQueue
 from typing import Any
 
-from plait.errors import ModelError, RankDiedError, UnknownNameError
+from plait.errors import DataError, ModelError, RankDiedError, UnknownNameError
 from plait.modalities import Limits
 from plait.ranges import check_number
 from plait.stream import Document
@@ -51,7 +52,10 @@ class EngineSettings:
     """How they share a model; one of `plait.trainer.ranks.group.STRATEGIES`."""
 
     def __post_init__(self) -> None:
-        check_number("devices", self.devices, "[1, inf)", whole=True)
+        for name in ("capacity", "sampler_memory_mb", "devices"):
+            check_number(name, getattr(self, name), "[1, inf)", whole=True)
+        if self.max_documents is not None:
+            check_number("max_documents", self.max_documents, "[1, inf)", whole=True)
         if self.strategy not in STRATEGIES:
             raise UnknownNameError("strategy", self.strategy, STRATEGIES)
 
@@ -69,8 +73,7 @@ class Engine:
         self.settings = settings or EngineSettings()
         self._work = _Work(self.settings)
         self._names = count()
-        # Reentrant, because the garbage collector may call `discard` in the middle of `submit`.
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         # The worker knows the work only: while it held the engine, no engine would ever go.
         self._worker = threading.Thread(target=self._work.loop, name="plait-engine", daemon=True)
         self._end = weakref.finalize(self, self._work.end)
@@ -95,16 +98,24 @@ class Engine:
         A command cannot be taken back: cancelling its future, as `asyncio.wait_for` does after its
         time, would let an `optim_step` behind it run on half of the gradients.
         """
+        future = self._put(command)
+        if future is None:
+            raise ModelError("this engine is closed; create a new client")
+        return future
+
+    def _put(self, command: Command) -> "Future[Any] | None":
+        """Queue a command; None where the engine has ended."""
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
         with self._lock:  # so that nothing can be queued behind the end
             if self._work.ending:
-                raise ModelError("this engine is closed; create a new client")
+                return None
             self._work.put(Queued(command, future))
         return future
 
     def create_run(self, spec: ModelSpec, seed: int, limits: Limits) -> tuple[str, Built]:
         """A run of its own, and what renders its samples; waits until it is built."""
+        check_number("seed", seed, "[0, 9223372036854775808)", whole=True)
         name = self.new_name("run")
         built: Built = self.submit(commands.CreateRun(name, spec, seed, limits)).result()
         return name, built
@@ -128,14 +139,22 @@ class Engine:
     ) -> "Future[Any]":
         """Plan micro-batches and queue them as one command.
 
+        A document without a `sample_id` is called by its number in errors.
+
         Raises:
-            DataError: a document is longer than a micro-batch.
+            DataError: there is no document, or one is longer than a micro-batch.
             ModelError: several ranks need a loss that can be imported, and it cannot.
         """
+        if not documents:
+            raise DataError("a forward_backward needs at least one document; there is none")
         if self.settings.devices > 1:
             check_readable(objective.loss.function)
-        batches = self.plan(documents)
-        return self.submit(ForwardBackward(run, list(documents), batches, objective, backward))
+        named = [
+            document if document.sample_id else replace(document, sample_id=str(number))
+            for number, document in enumerate(documents)
+        ]
+        batches = self.plan(named)
+        return self.submit(ForwardBackward(run, named, batches, objective, backward))
 
     def plan(self, documents: Sequence[Document]) -> list[list[int]]:
         """The micro-batches of these documents, as indices; see `planning.plan`."""
@@ -143,15 +162,16 @@ class Engine:
         return plan(documents, settings.capacity, settings.max_documents, ranks=settings.devices)
 
     def discard(self, command: Command) -> None:
-        """Forget a run or a view when what is queued is done; never waits, and never fails."""
-        with self._lock:
-            if not self._work.ending:
-                self.submit(command)
+        """Forget a run or a view when what is queued is done; never waits, and never fails.
+
+        The garbage collector calls it in the middle of any line of any thread, also of one that
+        holds a lock: it takes none.
+        """
+        self._work.inbox.put(Queued(command, Future()))
 
     def finish(self, command: Command) -> None:
         """As `discard`, but wait for it; harmless where the engine has ended."""
-        with self._lock:
-            future = None if self._work.ending else self.submit(command)
+        future = self._put(command)
         if future is not None:
             future.result()
 
@@ -184,7 +204,10 @@ class _Work:
             rows=settings.devices,
             one_model=settings.strategy == "fsdp",
         )
-        self._changed = threading.Condition()
+        self.inbox: SimpleQueue[Queued | None] = SimpleQueue()
+        """What the worker has not seen yet; None says that no more will come."""
+
+        self._ended = False
         self._seconds = {"training": 0.0, "sampling": 0.0}
         """Since both had something to do."""
 
@@ -198,15 +221,12 @@ class _Work:
 
     def put(self, queued: Queued) -> None:
         self.team.executor.prepare(queued.command)
-        with self._changed:
-            self._scheduler.put(queued)
-            self._changed.notify()
+        self.inbox.put(queued)
 
     def end(self) -> None:
-        """Stop when nothing is left to do."""
-        with self._changed:
-            self.ending = True
-            self._changed.notify()
+        """Stop when nothing is left to do; the garbage collector may call it, as `discard`."""
+        self.ending = True
+        self.inbox.put(None)
 
     def loop(self) -> None:
         while self._wait():
@@ -228,17 +248,21 @@ class _Work:
         self.team.close()
 
     def _wait(self) -> bool:
-        """Until there is something to do; False where there never will be."""
-        with self._changed:
-            while not self._scheduler and not self.team.executor.sampling:
-                if self.ending:
-                    return False
-                self._changed.wait()
-        return True
+        """Take in what has come, and wait where there is nothing to do; False where there never
+        will be."""
+        while True:
+            busy = bool(self._scheduler) or self.team.executor.sampling
+            try:
+                queued = self.inbox.get(block=not busy and not self._ended)
+            except Empty:
+                return busy
+            if queued is None:
+                self._ended = True
+            else:
+                self._scheduler.put(queued)
 
     def _turn(self) -> None:
-        with self._changed:
-            chosen = self._scheduler.next()
+        chosen = self._scheduler.next()
         if isinstance(chosen, Queued):
             self._execute(chosen)
         else:
@@ -258,8 +282,7 @@ class _Work:
 
     def _done(self, queued: Queued) -> None:
         self.team.executor.ahead.drop(queued.command)
-        with self._changed:
-            self._scheduler.done(queued)
+        self._scheduler.done(queued)
 
     def _compute(self, rows: Sequence[Sequence[Taken]]) -> None:
         """The next micro-batches, on all ranks; a command that is whole then, or fails, ends."""
@@ -289,7 +312,7 @@ class _Work:
         if taken.number == 0:
             queued.results = [None] * len(command.documents)
             try:
-                self.team.executor.run(command.run)
+                self.team.executor.run(command.run).refuse_spoilt()
                 if command.backward:
                     self.team.execute(commands.Begin(command.run))
             except BaseException as error:
@@ -316,11 +339,10 @@ class _Work:
 
     def _fail_under_way(self, error: BaseException) -> None:
         """What was computed of them went with a rank."""
-        with self._changed:
-            begun = self._scheduler.under_way()
-        for queued in begun:
+        for queued in self._scheduler.under_way():
             run = self.team.executor.runs.get(queued.owner)
-            if run is not None:
+            assert isinstance(queued.command, ForwardBackward)
+            if run is not None and queued.command.backward:
                 run.failure = str(error)
             self._fail(queued, error)
 

@@ -1,7 +1,8 @@
 """One rank's half of the engine: owns the models, the gradients, the optimisers, the sampler."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -117,20 +118,28 @@ class Executor:
         if self.group.sharded:
             refuse_unsharded(spec)
         base = load_base(spec, self.group.device) if alone else self._base(spec)
-        built = attach(
-            base, spec, seed, limits, trains=trains, adapter="default" if alone else name
-        )
-        backbone = built.model.backbone
-        if self.group.sharded and not backbone.sharded and (trains or not alone):
-            backbone.shard(self.group)
-            if alone:
-                self.bases[(name,)] = base
-            if self.group.rank == 0:
-                key = next(key for key, held in self.bases.items() if held is base)
-                backbone.before_read = partial(self.lend, key)
+        adapter = "default" if alone else name
+        with self._released_if_it_fails(base, adapter):
+            built = attach(base, spec, seed, limits, trains=trains, adapter=adapter)
+            backbone = built.model.backbone
+            if self.group.sharded and not backbone.sharded and (trains or not alone):
+                backbone.shard(self.group)
+                if alone:
+                    self.bases[(name,)] = base
+                if self.group.rank == 0:
+                    key = next(key for key, held in self.bases.items() if held is base)
+                    backbone.before_read = partial(self.lend, key)
         for encoder in built.model.encoders:
             built.model.media_encoder(encoder).headers = self._decoder.header
         return built
+
+    @contextmanager
+    def _released_if_it_fails(self, base: Base, adapter: str) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._release(base, adapter)
+            raise
 
     def _base(self, spec: ModelSpec) -> Base:
         """The language model, which runs of equal settings share."""
@@ -145,7 +154,7 @@ class Executor:
         run = self.runs.pop(command.run, None)
         self.idle.forget(command.run)
         if run is not None:
-            self._release(run.built)
+            self._release(run.built.base, run.model.adapter)
 
     def take_view(self, command: commands.TakeView) -> Built:
         built = frozen_view(self.run(command.run).built, command.view)
@@ -165,11 +174,11 @@ class Executor:
             sampler = self._samplers.get(id(backbone))
             if sampler is not None:
                 sampler.forget(view.built.model)
-            self._release(view.built)
+            self._release(view.built.base, view.built.model.adapter)
 
-    def _release(self, built: Built) -> None:
-        """Take a model's adapter off the language model that others go on with."""
-        backbone, adapter = built.model.backbone, built.model.adapter
+    def _release(self, base: Base, adapter: str | None) -> None:
+        """Take an adapter off the language model that others go on with."""
+        backbone = base.backbone
         if adapter is not None and backbone.shared is not None:
             remove_lora(backbone.language, adapter)
             backbone.adapters_changed()
@@ -178,7 +187,7 @@ class Executor:
         if all(model.backbone is not backbone for model in models):
             self._samplers.pop(id(backbone), None)
             if self.group.rank == 0:  # the other ranks are told
-                keys = [key for key, base in self.bases.items() if base is built.base]
+                keys = [key for key, held in self.bases.items() if held is base]
                 self.forget(commands.Forget(keys))
                 self.forgotten += keys
 
@@ -244,6 +253,9 @@ class Executor:
         run = self.run(command.run)
         checkpoint.put_weights(run.built, command.snapshot.weights)
         run.clear()
+        run.failure = None
+        if run.spoilt is not None:  # so are what its optimiser remembers
+            run.spoilt, run.optimizer = None, None
         if command.snapshot.state is not None:
             restore(run, command.snapshot.state)
 

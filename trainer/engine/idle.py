@@ -57,8 +57,12 @@ class Idle:
         device = run.model.device
         if device.type not in self._device_types or run.sharded:
             return
-        for holder, key in self._gone.pop(run.name, ()):
+        gone = self._gone.get(run.name, [])
+        while gone:  # one that memory does not suffice for stays away with the rest
+            holder, key = gone[-1]
             holder[key] = self._back(holder[key], device)
+            gone.pop()
+        self._gone.pop(run.name, None)
         self._here[run.name] = run, self._rows
         self._here.move_to_end(run.name)
 

@@ -1,7 +1,8 @@
 """Micro-batches that fail are tried again in smaller pieces, on all ranks together.
 
 What fails in one row is tried again slice by slice, so that one run's error, a NaN of its media or
-of its weights too, is no other's. Where memory ends, a slice is halved.
+of its weights too, is no other's. Where memory ends, a slice is halved; so is one whose gradients
+are not finite, until the document that spoils them is known.
 """
 
 from collections import deque
@@ -13,6 +14,7 @@ import torch
 from plait.errors import ModelError
 from plait.stream import Document
 from plait.trainer.engine.commands import DocumentResult, MicroBatch
+from plait.trainer.engine.computing import NotFiniteGradientsError
 from plait.trainer.ranks.group import UndoneError
 
 Result = list[DocumentResult] | Exception
@@ -120,12 +122,13 @@ def _smaller(piece: _Piece, error: Exception) -> list[_Piece]:
     [part] = piece
     if isinstance(error, UndoneError):
         error = ModelError("another rank failed beside this micro-batch; submit it again")
-    if not is_out_of_memory(error):
-        part.wanted.error = error
-        return []
-    cut = _middle(part.documents)
+    short, spoilt = is_out_of_memory(error), isinstance(error, NotFiniteGradientsError)
+    cut = _middle(part.documents) if short or spoilt else None
     if cut is not None:
         return part.cut(cut)
+    if not short:
+        part.wanted.error = error
+        return []
     positions = sum(document.length for document in part.documents)
     part.wanted.error = ModelError(
         f"memory ended in a micro-batch of {len(part.documents)} documents with {positions} "
@@ -137,7 +140,8 @@ def _smaller(piece: _Piece, error: Exception) -> list[_Piece]:
 def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # of the CPU, of cuBLAS
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _middle(documents: Sequence[Document]) -> int | None:

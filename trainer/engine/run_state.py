@@ -25,6 +25,7 @@ def state_of(run: Run, **extra: Any) -> State:
         held = state.optimizer["state"]
         gathered = _changed(run, run.optimizer, held, lambda t, p: _kept(whole_like(t, p), run))
         state.optimizer |= {"state": gathered}
+    state.parameters = _names(run)
     state.pending_weight = run.pending_weight
     state.gradients = {
         name: _kept(whole(gradient), run)
@@ -32,6 +33,10 @@ def state_of(run: Run, **extra: Any) -> State:
         if gradient is not None
     }
     return state
+
+
+def _names(run: Run) -> list[str]:
+    return [name for _, name, _ in run.trainable]
 
 
 def _kept(tensor: Tensor, run: Run) -> Tensor:
@@ -50,12 +55,12 @@ def check(run: Run, folder: Path, state: State | None) -> None:
     """
     kind = ADAM_W if state is None else state.kind
     run.refuse_on_shards(kind)
-    check_state(folder, state, make_optimizer(run.stepped, kind))
+    check_state(folder, state, make_optimizer(run.stepped, kind), _names(run))
 
 
 def restore(run: Run, state: State) -> None:
     """Go on from a state that `check` has passed. Pending gradients are rank 0's."""
-    run.steps, run.failure = state.step, None
+    run.steps, run.failure, run.spoilt = state.step, None, None
     run.seed, run.passes = (int(number) for number in state.random)
     run.clear()
     first = run.group.rank == 0

@@ -56,6 +56,9 @@ class Run:
         self.failure: str | None = None
         """What went wrong in a forward_backward since the last step."""
 
+        self.spoilt: str | None = None
+        """Why its weights may be half changed, until others are loaded."""
+
         self._weight, self._begun = 0.0, 0
         self._dropouts = adapter_dropouts(built)
         self.draws = bool(self._dropouts) or draws(built)
@@ -155,17 +158,35 @@ class Run:
         """
         if self.failure is not None:
             failure, self.failure = self.failure, None
+            kept = any(gradient is not None for gradient in self.gradients)
+            others = (
+                "the gradients of the others are kept: optim_step again steps on them"
+                if kept
+                else "there are no gradients of others: call forward_backward again"
+            )
             raise ModelError(
-                "a step needs every forward_backward before it, and one failed: "
-                f"{failure} (the gradients of the others are kept: optim_step again steps on "
-                "them)"
+                f"a step needs every forward_backward before it, and one failed: {failure} "
+                f"({others})"
+            )
+
+    def refuse_spoilt(self) -> None:
+        """
+        Raises:
+            ModelError: a step failed in its middle, and no weights were loaded since.
+        """
+        if self.spoilt is not None:
+            raise ModelError(
+                f"a step of this run failed in its middle ({self.spoilt}), so that its weights may "
+                "be half changed: load_state_with_optimizer goes on from a saved state, load_state "
+                "from saved weights with a new optimiser"
             )
 
     def step(self, settings: StepSettings, divide_by_weight: bool) -> dict[str, float]:
         """One optimiser step on the gradients added since the last, on all ranks; collective.
 
         Raises:
-            ModelError: there are no gradients, or some are not finite. Nothing has been changed.
+            ModelError: there are no gradients, or some are not finite. Nothing has been changed,
+                unless `spoilt` says so.
         """
         gradients = self.sum_over_ranks()
         metrics = self._step(gradients, settings, divide_by_weight)
@@ -182,15 +203,22 @@ class Run:
                 "optim_step needs gradients and there are none; call forward_backward before it"
             )
         divide_by = summed_number(self.pending_weight, self.group) if divide_by_weight else 1.0
-        if divide_by == 0:
-            raise ModelError("divide_by_weight needs weights above 0; all weights were 0")
+        if not divide_by > 0:
+            raise ModelError(
+                f"divide_by_weight needs weights whose sum is above 0; it is {divide_by:g}: step "
+                "without it, on the gradients as they were summed"
+            )
         total = norm(there, self.group)
         with self._lent(gradients):
             if self.steps == 0:
                 refuse_untrained(self.stepped)
             optimizer = self.optimizer_for(settings)
             metrics = prepare_step(self.stepped, optimizer, settings, divide_by, total)
-            optimizer.step()
+            try:
+                optimizer.step()
+            except Exception as error:  # memory ends between two groups of tensors, for example
+                self.spoilt = str(error)
+                self.refuse_spoilt()
         return metrics
 
     def sum_over_ranks(self) -> list[Tensor | None]:

@@ -6,7 +6,20 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from plait.trainer.engine.commands import Command, DocumentResult, ForwardBackward
+from plait.trainer.engine.commands import (
+    CancelSample,
+    Command,
+    CreateRun,
+    CreateView,
+    DocumentResult,
+    DropRun,
+    DropView,
+    ForwardBackward,
+    Sample,
+)
+
+_AT_ONCE = (Sample, CancelSample, DropRun, DropView)
+"""Commands that take next to no time, and that others wait for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -75,7 +88,9 @@ class Scheduler:
 
     Among them, the one that has had the fewest positions is next, and its row is filled with
     micro-batches of others that may stand beside it, while they fit. One that comes back begins
-    with as much as the least of those that are there: nobody saves up turns.
+    with as much as the least of those that are there: nobody saves up turns. What is not a
+    `forward_backward` (a step, a save) comes before the rows, for it holds nobody up for long; but
+    a run that has queued many of them does one for each row that waits.
 
     Args:
         capacity: Positions of a row at most.
@@ -97,6 +112,8 @@ class Scheduler:
         self._kind_of, self._rows, self._one_model = kind_of, rows, one_model
         self._queues: dict[str, deque[Queued]] = {}
         self._served: dict[str, int] = {}
+        self._let_in: set[str] = set()
+        """Whose commands came before the next row."""
 
     def __bool__(self) -> bool:
         return bool(self._queues)
@@ -113,9 +130,18 @@ class Scheduler:
 
         Commands stay queued until `done`.
         """
-        for owner in self._order():  # quick ones first: they wait for nothing and hold nobody up
-            if not isinstance(self._queues[owner][0].command, ForwardBackward):
-                return self._queues[owner][0]
+        heads = [self._queues[owner][0] for owner in self._order()]
+        others = [head for head in heads if not isinstance(head.command, ForwardBackward)]
+        rows_wait = len(others) < len(self._queues)
+        for first in others:
+            at_once = isinstance(first.command, _AT_ONCE)
+            # Each creation is of an owner of its own: all of them are one.
+            turn = "" if isinstance(first.command, CreateRun | CreateView) else first.owner
+            if at_once or not rows_wait or turn not in self._let_in:
+                if not at_once:
+                    self._let_in.add(turn)
+                return first
+        self._let_in.clear()
         rows = [self._row(None)]
         model = self._kind_of(rows[0][0].queued.owner).model if self._one_model else None
         while len(rows) < self._rows and (row := self._row(model)):

@@ -75,12 +75,14 @@ class Team:
             RankDiedError: a rank ended, and the command was not done; all ranks are as before it.
         """
         self._require()
+        if isinstance(command, commands.OptimStep):
+            self.executor.run(command.run).refuse_failed()
+        if isinstance(command, commands.OptimStep | commands.SaveState | commands.TakeView):
+            self.executor.run(command.run).refuse_spoilt()
         if isinstance(command, commands.LoadState):
             return self._load(command)
         if isinstance(command, commands.SaveState):
             return self._save(command)
-        if isinstance(command, commands.OptimStep):
-            self.executor.run(command.run).refuse_failed()
         if isinstance(command, commands.CreateRun | commands.CreateView | commands.TakeView):
             return self._make(command)
         return self._all(self._told(command), lambda: self.executor.execute(command))

@@ -79,7 +79,7 @@ def _check_shape(
         count = shape[0] if shape else "a single number"
         raise DataError(
             f"{name} needs one value per position: the input has {positions} and it has {count}; "
-            "a picture takes as many as TrainingClient.datum says",
+            "media count as many positions as TrainingClient.datum says",
             origin,
         )
     if name == "target_tokens":

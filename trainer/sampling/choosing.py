@@ -18,6 +18,9 @@ _FIRST_LOOK = 1024
 _COLDEST = 1e-30
 """A temperature that a float32 holds; 0 never divides."""
 
+_HOTTEST = torch.finfo(torch.float32).max
+"""By infinity nothing that is excluded could be divided."""
+
 
 class Chosen(NamedTuple):
     """A token for each sequence, and its logprob under the raw distribution."""
@@ -41,8 +44,24 @@ class Draws:
         return float(self._generator.random())
 
 
+class Turn:
+    """One sequence's next number: the same however often its token is chosen."""
+
+    def __init__(self, draws: Draws) -> None:
+        self._draws = draws
+        self._drawn: float | None = None
+
+    def next(self) -> float:
+        if self._drawn is None:
+            self._drawn = self._draws.next()
+        return self._drawn
+
+
 def choose(
-    logits: Tensor, settings: Sequence[SamplerSettings], draws: Sequence[Draws], banned: Tensor
+    logits: Tensor,
+    settings: Sequence[SamplerSettings],
+    draws: Sequence[Draws | Turn],
+    banned: Tensor,
 ) -> Chosen:
     """logits (B, V) float32 -> a token for each row.
 
@@ -84,7 +103,7 @@ def _draw(
     temperature = torch.tensor([s.temperature for s in settings], device=device)
     # Below the highest: divided by next to nothing, it stays finite.
     lower = logits - logits.amax(-1, keepdim=True)
-    probabilities = lower.div(temperature.clamp(min=_COLDEST)[:, None]).softmax(-1)
+    probabilities = lower.div(temperature.clamp(_COLDEST, _HOTTEST)[:, None]).softmax(-1)
     order: Tensor | None = None
     if sort:
         probabilities, order = _likeliest(probabilities, settings)

@@ -172,7 +172,7 @@ class KeyMemory:
             place.capacity, place.filled = kept, min(place.filled, kept)
 
     def needed(self, prompt: int, more: int, samples: int, at_once: int | None = None) -> int:
-        if samples == 1:
+        if samples <= 1:
             return prompt + more
         return prompt + (at_once or samples) * (more if self.shares else prompt + more)
 
@@ -294,7 +294,7 @@ class RowMemory:
                 self.close(other)
 
     def needed(self, prompt: int, more: int, samples: int, at_once: int | None = None) -> int:
-        if samples == 1:
+        if samples <= 1:
             return prompt + more
         return prompt + (at_once or samples) * (prompt + more)
 

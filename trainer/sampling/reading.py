@@ -11,12 +11,22 @@ from plait.trainer.sampling.prefixes import position_keys
 from plait.trainer.sampling.requests import Continuation, Job, Prompt, Request
 
 
-def embedded(request: Request) -> Prompt:
-    """The prompt, its media encoded."""
+def planned(request: Request) -> Prompt:
+    """All that is known of a prompt before it is embedded."""
+    stream = pack([request.prompt], [request.inputs])
+    keys = position_keys(request.prompt, request.inputs)
+    return Prompt(stream.positions, stream.visible[1], keys)
+
+
+def embed(request: Request, prompt: Prompt) -> None:
+    """Encode a prompt's media, and keep the embeddings of what is not read yet."""
     request.model.encoders.eval()
     rows, _ = request.model.embed(pack([request.prompt], [request.inputs]))
-    keys = position_keys(request.prompt, request.inputs)
-    return Prompt(rows.embeddings, rows.positions, rows.visible.hi, rows.deeper, keys)
+    start, stop = prompt.read, rows.length
+    # A copy, where what another has read would be kept with it.
+    prompt.embeddings = rows.embeddings[start:].clone() if start else rows.embeddings
+    prompt.deeper = rows.deeper.part(start, stop) if rows.deeper else None
+    prompt.first = start
 
 
 def next_token(job: Job, sample: Continuation) -> Piece:
@@ -36,13 +46,13 @@ def next_token(job: Job, sample: Continuation) -> Piece:
 
 def chunk(job: Job, prompt: Prompt, stop: int) -> Piece:
     """The next positions of a prompt, up to `stop`."""
-    assert prompt.place is not None
-    start = prompt.read
+    assert prompt.place is not None and prompt.embeddings is not None
+    start, first = prompt.read, prompt.first
     return Piece(
         prompt.place,
-        prompt.embeddings[start:stop],
+        prompt.embeddings[start - first : stop - first],
         prompt.positions[..., start:stop],
         prompt.hi[start:stop],
         job.request.model.adapter,
-        prompt.deeper.part(start, stop) if prompt.deeper else None,
+        prompt.deeper.part(start - first, stop - first) if prompt.deeper else None,
     )

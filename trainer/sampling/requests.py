@@ -41,7 +41,7 @@ class PromptScores:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """`samples` continuations of one prompt.
+    """`samples` continuations of one prompt; with none of them it is only scored.
 
     Args:
         model: Whose weights sample; they must not change before the request is done.
@@ -67,17 +67,20 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Prompt:
-    """A request's prompt while it is read: embedded once, then read in chunks."""
+    """A request's prompt while it is read: embedded once it has room, then read in chunks."""
 
-    embeddings: Tensor
     positions: Tensor
     hi: Tensor
     """(T,) one past the last position that each sees."""
 
-    deeper: Any
     keys: np.ndarray
     """(T,) int64: equal where positions hold the same token, or the same part of a media item."""
 
+    embeddings: Tensor | None = None
+    """Of the positions from `first` on; None before it has room, and after it is read."""
+
+    deeper: Any = None
+    first: int = 0
     place: Place | None = None
     read: int = 0
     """Positions that are read, or that another prompt had read."""

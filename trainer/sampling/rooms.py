@@ -83,7 +83,7 @@ class Rooms:
 
     def _reserve(self, job: Job, prompt: Prompt, source: Place | None, shared: int) -> bool:
         """Whether there was room for a prompt behind `shared` positions of `source`."""
-        length, alone = len(prompt.keys), job.request.samples == 1
+        length, alone = len(prompt.keys), job.request.samples <= 1
         if source is not None:
             source.users += 1  # so that making room does not take it
         try:

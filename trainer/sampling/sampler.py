@@ -20,10 +20,10 @@ from plait.errors import DataError, ModelError
 from plait.ranges import check_number
 from plait.trainer.backbone import Backbone
 from plait.trainer.model import PlaitModel
-from plait.trainer.sampling.choosing import Draws, choose
+from plait.trainer.sampling.choosing import Draws, Turn, choose
 from plait.trainer.sampling.memory import KeyMemory, Memory, Piece, RowMemory
 from plait.trainer.sampling.prefixes import next_cut
-from plait.trainer.sampling.reading import chunk, embedded, next_token
+from plait.trainer.sampling.reading import chunk, embed, next_token, planned
 from plait.trainer.sampling.requests import (
     Continuation,
     Generated,
@@ -108,7 +108,8 @@ class Sampler:
         Raises:
             DataError: its prompt is empty, or it is larger than the model's context, or than the
                 room there is.
-            ConfigError: it asks for no sample, or for more tokens at a position than there are.
+            ConfigError: it asks for neither samples nor scores, or for more likeliest tokens at a
+                position than there are.
         """
         _check(request)
         prompt, most = request.prompt, most_tokens(self.backbone, request)
@@ -121,7 +122,7 @@ class Sampler:
                 prompt.origin,
             )
         first = request.layout.decode_position(prompt.positions)
-        stops = Stops(request.tokenizer, request.settings.stop)
+        stops = Stops(request.tokenizer, request.settings.stop, self.backbone.end_tokens)
         banned, number = self._banned(request), next(self._arrivals)
         job = Job(request, stops, most, banned, first, done, failed, number)
         if request.prompt_logprobs or request.top_prompt_logprobs:
@@ -201,8 +202,10 @@ class Sampler:
         for job in self._entries.order_of(self._waiting.by_owner):
             try:
                 if job.prompt is None:
-                    job.prompt = embedded(job.request)
+                    job.prompt = planned(job.request)
                 admitted = self.rooms.open(job, job.prompt, first=not self._jobs)
+                if admitted:
+                    embed(job.request, job.prompt)
             except Exception as error:
                 self._fail(job, error)
                 continue
@@ -274,7 +277,9 @@ class Sampler:
         if prompt.read == len(prompt.hi):
             # Copies: views would keep the whole row, and the prompt's embeddings, while it grows.
             prompt.end = states[-1].clone()
-            prompt.embeddings, prompt.deeper = prompt.embeddings[:0].clone(), None
+            prompt.embeddings, prompt.deeper = None, None
+            if not job.request.samples:
+                self._end(job)
 
     def _start_samples(self) -> None:
         """Begin the samples of prompts that are read, as many as there is room for."""
@@ -299,7 +304,12 @@ class Sampler:
 
     def _begun(self, job: Job, prompt: Prompt) -> Continuation | None:
         """The next sample of a job; None where there is no room for it now."""
-        place = self.rooms.of_sample(job, prompt)
+        try:
+            place = self.rooms.of_sample(job, prompt)
+        except Exception as error:  # the device has no more memory, whatever there may be room for
+            if not any(one.running for one in self._jobs):
+                self._fail(job, error)
+            return None
         if place is None:
             return None
         number, job.started = job.started, job.started + 1
@@ -311,16 +321,30 @@ class Sampler:
         for one in growing:
             by_vocabulary.setdefault(id(one[0].banned), []).append(one)
         for some in by_vocabulary.values():
+            turns = [Turn(sample.draws) for _, sample, _ in some]
+            for (job, sample, _), chosen in zip(some, self._chosen(some, turns), strict=True):
+                if isinstance(chosen, Exception):
+                    self._fail(job, chosen)
+                elif job in self._jobs:  # not one that another of its samples has ended
+                    self._append(job, sample, *chosen)
+
+    def _chosen(
+        self, some: Sequence[tuple[Job, Continuation, Tensor]], turns: Sequence[Turn]
+    ) -> list[tuple[int, float] | Exception]:
+        """Each sample's token and its logprob, or why it has none: where memory does not suffice
+        for all of them, and where one is at fault, they are chosen in halves."""
+        try:
             logits = self.backbone.logits(torch.stack([hidden for *_, hidden in some]))
-            tokens, logprobs = choose(
-                logits,
-                [job.request.settings for job, *_ in some],
-                [sample.draws for _, sample, _ in some],
-                some[0][0].banned,
-            )
-            for (job, sample, _), token, logprob in zip(some, tokens, logprobs, strict=True):
-                if job in self._jobs:  # not one that another of its samples has ended
-                    self._append(job, sample, token, logprob)
+            settings = [job.request.settings for job, *_ in some]
+            return list(zip(*choose(logits, settings, turns, some[0][0].banned), strict=True))
+        except Exception as error:
+            if len(some) == 1:
+                return [error]
+        half = len(some) // 2
+        return [
+            *self._chosen(some[:half], turns[:half]),
+            *self._chosen(some[half:], turns[half:]),
+        ]
 
     def _append(self, job: Job, sample: Continuation, token: int, logprob: float) -> None:
         if isnan(logprob):
@@ -342,12 +366,17 @@ class Sampler:
         self.rooms.leave(sample)
         job.finished[sample.number] = made
         if len(job.finished) == job.request.samples:
-            self._release(job)
-            job.done([job.finished[number] for number in range(len(job.finished))], job.scores)
+            self._end(job)
+
+    def _end(self, job: Job) -> None:
+        self._release(job)
+        job.done([job.finished[number] for number in range(len(job.finished))], job.scores)
 
 
 def _check(request: Request) -> None:
-    check_number("samples", request.samples, "[1, inf)", whole=True)
+    scores = request.prompt_logprobs or request.top_prompt_logprobs
+    least = "[0, inf)" if scores else "[1, inf)"
+    check_number("samples", request.samples, least, whole=True)
     size = request.model.output_weight.shape[0]
     check_number("top_prompt_logprobs", request.top_prompt_logprobs, f"[0, {size}]", whole=True)
     if request.prompt.length == 0:
@@ -371,6 +400,8 @@ def most_tokens(backbone: Backbone, request: Request) -> int:
         DataError: the prompt, or it and what is asked for, is longer than the model's context.
     """
     asked, length, context = request.settings.max_tokens, request.prompt.length, backbone.context
+    if not request.samples and (context is None or length <= context):
+        return 1
     if context is None:
         return asked or MOST_TOKENS
     if length + (asked or 1) > context:

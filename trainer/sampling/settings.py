@@ -8,6 +8,9 @@ MOST_TOKENS = 1024
 """Tokens of a sequence whose length nobody bounds, in a model with room for more."""
 
 
+MOST_RANKS = 2**31
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplerSettings:
     """How the tokens of a sequence are chosen, and when it ends."""
@@ -43,3 +46,7 @@ class SamplerSettings:
             check_number("top_k, where it is not -1,", self.top_k, "[1, inf)", whole=True)
         check_number("seed", self.seed, "[0, inf)", whole=True)
         check_numbers(self, SAMPLING)
+        for name in SAMPLING:  # fractions and the like are numbers, too, but none that torch knows
+            object.__setattr__(self, name, float(getattr(self, name)))
+        # More tokens than any model has are no limit; further numbers torch could not hold.
+        object.__setattr__(self, "top_k", int(self.top_k) if self.top_k < MOST_RANKS else -1)

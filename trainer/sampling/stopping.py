@@ -9,15 +9,18 @@ class Stops:
 
     Args:
         stop: As in `SamplerSettings`.
+        ends: Tokens that end a text besides the tokenizer's end token.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[int | str, ...] | None) -> None:
+    def __init__(
+        self, tokenizer: Any, stop: tuple[int | str, ...] | None, ends: Sequence[int] = ()
+    ) -> None:
         self.tokenizer = tokenizer
         self.texts = tuple(entry for entry in stop or () if isinstance(entry, str))
         self.tokens = {entry for entry in stop or () if isinstance(entry, int)}
         self._looked_at = 8 + max((len(text.encode()) for text in self.texts), default=0)
-        if (stop is None or self.texts) and tokenizer.eos_token_id is not None:
-            self.tokens.add(tokenizer.eos_token_id)
+        if stop is None or self.texts:
+            self.tokens |= {tokenizer.eos_token_id, *ends} - {None}
 
     def reached(self, tokens: Sequence[int]) -> bool:
         """Whether the last of these generated tokens is the sequence's end.

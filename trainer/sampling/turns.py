@@ -73,11 +73,13 @@ class Turns:
         """As `order`, of queues that may be thousands long: costs what is taken from it, not what
         waits. A job may leave its queue as soon as it has come.
         """
-        if not by_owner:  # nobody has waited: turns begin anew
-            self._served.clear()
+        if len(self._served) > 2 * len(by_owner) + 64:  # most of them are gone for good
+            self._served = {o: self._served[o] for o in by_owner if o in self._served}
+        for owner in by_owner:  # a new one comes behind those that wait already
+            self._served.setdefault(owner, self._clock)
         over = Counter(held)
         heads = [
-            (over[owner], self._served.get(owner, 0), queue[0].number, 0, queue)
+            (over[owner], self._served[owner], queue[0].number, 0, queue)
             for owner, queue in by_owner.items()
         ]
         heapify(heads)

@@ -35,6 +35,7 @@ class WholeBackbone:
     """
 
     layers, softcap, device = 2, None, torch.device("cpu")
+    end_tokens = ()
     without_gradients = staticmethod(torch.inference_mode)
 
     def __init__(self, packs: bool = True, window: bool = False, context: int | None = None):

@@ -222,3 +222,12 @@ def test_draws_are_those_of_the_seed_and_the_sample() -> None:
     assert len({tuple(values) for values in made.values()}) == len(made)
     assert len({value for values in made.values() for value in values}) == 50 * len(made)
     assert abs(np.mean([drawn(3, number) for number in range(40)]) - 0.5) < 0.03
+
+
+@pytest.mark.parametrize("temperature", [1e38, 1e39, 1e300])
+def test_no_temperature_lets_in_what_is_excluded(temperature: float) -> None:
+    """However hot, also beyond what a float32 holds: all others, each as often."""
+    logits, banned = logits_of(8, FEW), torch.tensor([0, FEW - 1])
+    chosen = chosen_at(logits, (np.arange(FEW) + 0.5) / FEW, banned, temperature=temperature)
+    assert set(chosen.tokens) == set(range(1, FEW - 1))
+    assert np.isfinite(chosen.logprobs).all()

@@ -65,6 +65,18 @@ def test_jobs_that_leave_while_they_are_ordered_hide_no_others(whole: Any, desk:
     assert waiting.owners == {"a", "b"}
 
 
+def test_an_owner_that_is_new_comes_behind_those_that_wait(whole: Any, desk: Any) -> None:
+    """A loop that samples from a new snapshot at each step never ends the wait of another."""
+    crowd, turns = Crowd(whole, desk), Turns()
+    old = crowd.ask(1, 3, owner="old").job
+    turns.serve(old)
+    waiting = crowd.ask(2, 3, owner="old").job
+    for number in range(3):
+        new = crowd.ask(3, 3, owner=f"new {number}").job
+        first, *_ = turns.order([new, waiting])
+        assert first is waiting
+
+
 def test_whatever_fails_all_ends_those_that_wait_too(whole: Any, desk: Any) -> None:
     crowd = Crowd(whole, desk, slots=30)
     outcomes = [crowd.ask(seed, 20, owner=str(seed), max_tokens=11) for seed in range(3)]

@@ -1,11 +1,14 @@
 """A sequence ends at the first token that completes a stop text, or is a stop token."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from plait.trainer.backbone import Backbone
+from plait.trainer.build import load_language
 from plait.trainer.sampling.stopping import Stops
 
 
@@ -25,6 +28,22 @@ def first_with(tokenizer: Any, tokens: list[int], stop: str) -> int | None:
     texts = [tokenizer.decode(tokens[:n], clean_up_tokenization_spaces=False)
              for n in range(len(tokens) + 1)]  # fmt: skip
     return next((n for n, text in enumerate(texts) if stop in text), None)
+
+
+def test_a_model_may_have_more_ends_than_its_tokenizer_knows(tokenizer: Any) -> None:
+    """Of several end tokens a tokenizer names one; those of `generation_config.json` count too."""
+    assert Stops(tokenizer, None, (7, 9)).tokens == {tokenizer.eos_token_id, 7, 9}
+    assert Stops(tokenizer, (), (7, 9)).tokens == set()
+    assert Stops(tokenizer, (5,), (7, 9)).tokens == {5}
+
+
+def test_ends_are_those_that_the_model_s_files_name(tiny_language: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "two-ends"
+    shutil.copytree(tiny_language, folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    assert Backbone(load_language(folder, "float32")).end_tokens == ()
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    assert Backbone(load_language(folder, "float32")).end_tokens == (2, 3)
 
 
 TEXT = "a red disc — naïve 日本語 🙂🙃 the big square ! " * 2

@@ -5,12 +5,14 @@ The models are of whole numbers (`conftest.py`), so that equal means equal.
 
 from collections import Counter
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from plait.errors import DataError
+from plait.trainer.sampling import choosing
 from plait.trainer.sampling import sampler as sampling
 from plait.trainer.sampling.requests import Request
 from plait.trainer.sampling.sampler import Sampler
@@ -357,7 +359,61 @@ def test_a_prompt_that_is_read_keeps_nothing_but_its_end(whole: Any, desk: Any) 
     prompt = outcome.job.prompt
     assert outcome.job.running and prompt.end is not None
     assert prompt.end.untyped_storage().nbytes() == prompt.end.nbytes
-    assert prompt.embeddings.untyped_storage().nbytes() == 0
+    assert prompt.embeddings is None and prompt.deeper is None
+
+
+def test_a_prompt_that_waits_is_not_embedded(whole: Any, desk: Any) -> None:
+    """Embeddings are as many as there is room for keys, however many requests wait."""
+    crowd = Crowd(whole, desk, slots=100, share=False)
+    outcomes = [crowd.ask(seed, 60, owner="one", max_tokens=9) for seed in range(5)]
+    crowd.at.step(2)
+    waiting = [outcome.job.prompt for outcome in outcomes if not outcome.job.running]
+    assert len(waiting) == 4
+    assert all(prompt is None or prompt.embeddings is None for prompt in waiting)
+
+
+def test_a_choice_that_fails_is_its_own_request_s(
+    whole: Any, desk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a device cannot do with one row, the others are chosen, and as they would be."""
+    crowd = Crowd(whole, desk, chunk=15)
+    requests = [crowd.request(seed, 20, max_tokens=6) for seed in range(4)]
+    expected = [whole.expected(request) for request in requests]
+
+    tokens = [0]
+
+    def choose(logits: Any, settings: Any, draws: Any, banned: Any) -> Any:
+        chosen = choosing.choose(logits, settings, draws, banned)  # draws, and fails then
+        tokens[0] += requests[2].settings in settings
+        if requests[2].settings in settings and tokens[0] > 1:  # not as it begins, alone
+            raise OverflowError("too large")
+        return chosen
+
+    requests[2].settings = replace(requests[2].settings, min_p=0.5)
+    monkeypatch.setattr(sampling, "choose", choose)
+    outcomes = crowd.at.answer(*requests)
+    assert isinstance(outcomes[2].error, OverflowError)
+    assert tokens[0] > 2, "it was among others"
+    for number in (0, 1, 3):
+        assert outcomes[number].tokens == expected[number]
+
+
+def test_memory_that_ends_as_samples_begin_is_waited_for(whole: Any, desk: Any) -> None:
+    crowd = Crowd(whole, desk, chunk=15)
+    requests = [crowd.request(seed, 20, 3, max_tokens=6) for seed in range(2)]
+    expected = [whole.expected(request) for request in requests]
+    rooms, calls = crowd.at.sampler.rooms, [0]
+    of_sample = rooms.of_sample
+
+    def short(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] in (2, 4):
+            raise MemoryError("no more")
+        return of_sample(*args)
+
+    rooms.of_sample = short  # type: ignore[method-assign]
+    outcomes = crowd.at.answer(*requests)
+    assert [outcome.tokens for outcome in outcomes] == expected
 
 
 def test_scores_that_fail_are_their_own_requests(
