@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from plait.stream import Encoded
+from plait.stream.types import bytes_of
 
 Grid = tuple[int, int, int]
 """(time, height, width) in positions."""
@@ -136,6 +137,5 @@ class Encoder(nn.Module, ABC):
         digest = hashlib.sha256(f"{type(self).__qualname__}\n{self.processing()}\n".encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(bytes_of(tensor))
         return digest.hexdigest()

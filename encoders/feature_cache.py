@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from plait.stream import Encoded
+from plait.stream.types import bytes_of
 
 LIBRARIES = ("av", "numpy", "pillow", "torch", "torchaudio", "torchvision", "transformers")
 """Their versions may change the features' last bits, so they stand in every key."""
@@ -161,5 +162,5 @@ def _checksum(tensors: dict[str, Tensor]) -> Tensor:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensor))
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)

@@ -16,3 +16,7 @@ INPUTS: dict[str, Literal["float32", "int64"]] = {
     "labels": "float32",
 }
 """Every input that some loss reads, with its type. `register` adds those of a loss of one's own."""
+
+LOSS_NAMES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo", "dpo", "kto",
+              "distillation")  # fmt: skip
+"""The platform's losses, for those who only pass a name on; `trainer/losses` has them."""

@@ -207,7 +207,7 @@ class Datum:
         for name, value in self.loss_fn_inputs.items():
             if name not in INPUTS:
                 raise UnknownNameError("loss input", name, INPUTS)
-            inputs[name] = value if isinstance(value, TensorData) else _tensor(name, value)
+            inputs[name] = _tensor(name, value)
             if len(inputs[name].shape) not in (1, 2):
                 raise DataError(
                     f"loss input {name!r} has one value per position, or one per target of it; "
@@ -217,14 +217,20 @@ class Datum:
 
 
 def _tensor(name: str, value: Any) -> TensorData:
-    if hasattr(value, "detach"):
-        return TensorData.from_torch(value)
-    given = np.asarray(value)
+    given = TensorData.from_torch(value) if hasattr(value, "detach") else value
+    if not isinstance(given, TensorData):
+        return TensorData(_numbers(name, np.asarray(value)), INPUTS[name])
+    if given.dtype == INPUTS[name]:
+        return given
+    return TensorData(_numbers(name, given.data), INPUTS[name])
+
+
+def _numbers(name: str, given: NDArray[Any]) -> NDArray[Any]:
     wanted = np.dtype(INPUTS[name])
     if given.dtype.kind not in ("iu" if wanted.kind == "i" else "iuf") and given.size:
         kind = "whole numbers" if wanted.kind == "i" else "numbers"
-        raise DataError(f"loss input {name!r} must be {kind}; it holds {given.flat[0]!r}")
-    return TensorData(given, INPUTS[name])
+        raise DataError(f"loss input {name!r} must be {kind}; it holds {given.flat[0].item()!r}")
+    return given
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def real_home() -> Path:
     """The cache of real weights: $PLAIT_HOME as it was when the session began."""
-    from plait.datasets.fetch import home
+    from plait.home import home
 
     return home()
 

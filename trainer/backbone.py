@@ -14,6 +14,7 @@ from plait.errors import ModelError
 from plait.kernels.interval_attention import Intervals
 from plait.kernels.token_logprobs import output_logits
 from plait.trainer.grouped_lora import GroupedLora
+from plait.trainer.lora import output_factors
 from plait.trainer.ranks.group import Group, OutOfStepError
 from plait.trainer.ranks.sharding import Guard
 from plait.trainer.rows import Rows
@@ -84,8 +85,13 @@ class Backbone:
     @property
     def output_weight(self) -> Tensor:
         """(V, H): maps hidden states to logits."""
-        weight: Tensor = self.language.get_output_embeddings().weight
+        weight: Tensor = self.output_layer.weight
         return weight
+
+    @property
+    def output_layer(self) -> Any:
+        """Adapters may stand on it, as on any linear layer."""
+        return self.language.get_output_embeddings()
 
     @property
     def decoder(self) -> Any:
@@ -212,10 +218,23 @@ class Backbone:
         visible = Intervals(torch.tensor([0]), torch.tensor([1]))
         return Rows(embeddings, torch.zeros(1, dtype=torch.long), visible, [(0, 1)], [None])
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(P, H) -> (P, V) in float32; for the few positions that are sampled from."""
-        weight = self.output_weight
-        return output_logits(hidden.to(weight.dtype), weight, softcap=self.softcap)
+    def logits(self, hidden: Tensor, adapters: Sequence[str | None] = ()) -> Tensor:
+        """(P, H) -> (P, V) in float32; for the few positions that are sampled from.
+
+        Args:
+            adapters: Each position's; none of them where it is empty.
+        """
+        weight, added = self.output_weight, None
+        for adapter in dict.fromkeys(adapters):
+            rows = torch.tensor([i for i, name in enumerate(adapters) if name == adapter])
+            rows = rows.to(hidden.device)
+            factors = output_factors(self.output_layer, adapter, hidden[rows])
+            if factors is not None:
+                if added is None:
+                    shape = (len(hidden), len(weight))
+                    added = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
+                added = added.index_copy(0, rows, factors[0] @ factors[1].T)
+        return output_logits(hidden.to(weight.dtype), weight, softcap=self.softcap, added=added)
 
 
 def _nothing() -> None:

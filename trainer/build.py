@@ -300,9 +300,11 @@ def _check_media(media: dict[str, MediaEncoder]) -> None:
 
 
 def parameter_counts(model: PlaitModel) -> dict[str, dict[str, int]]:
-    """Trainable and frozen parameters of each part."""
+    """Trainable and frozen parameters of each part; adapters of other runs are not this one's."""
     counts: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
+        if ".lora_" in name and f".{model.adapter}." not in name:
+            continue
         part = counts.setdefault(model.part_of(name), {"trainable": 0, "frozen": 0})
         kind = "trainable" if parameter.requires_grad else "frozen"
         part[kind] += quantization.elements(parameter)

@@ -4,13 +4,10 @@
 the values' types and builds the same objects that Python code would.
 """
 
-import re
-import types
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import yaml
 
@@ -19,10 +16,11 @@ from plait.datasets.records.captions import CaptionOptions
 from plait.datasets.settings import Packing
 from plait.datasets.splits import SplitOptions
 from plait.datasets.views import Views
-from plait.errors import ConfigError, UnknownNameError
+from plait.errors import ConfigError
 from plait.modalities import Limits
 from plait.ranges import ADAMW, check_number
 from plait.trainer.spec import ModelSpec, check_part_rates
+from plait.trainer.strict import strictly
 
 CacheFeatures = Literal["auto", "always", "never"]
 
@@ -327,25 +325,7 @@ def config_from(values: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: as `load_config`.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    _refuse_unknown(RunConfig, values, "")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--run", type=RunConfig)
-    try:
-        run = parser.instantiate(parser.parse_object({"run": deepcopy(dict(values))})).run
-    except (ArgumentError, TypeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"a value of the recipe does not fit: {_readable(error)}") from error
-    assert isinstance(run, RunConfig)
-    return run
-
-
-def spec_from(values: Mapping[str, Any]) -> ModelSpec:
-    """A model specification from plain values, as a checkpoint's manifest holds it."""
-    run = config_from({"name": "model", "data": {"path": ""}, "model": dict(values)})
-    return run.model
+    return strictly(RunConfig, values)
 
 
 def plain(config: RunConfig) -> dict[str, Any]:
@@ -374,55 +354,3 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"the value of {key} must be YAML; quote it: {text!r} is not") from error
-
-
-def _refuse_unknown(kind: type[Any], values: Any, where: str) -> None:
-    if values is None:
-        return
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where} must be a section with keys; it is {values!r}")
-    hints = get_type_hints(kind)
-    known = [f.name for f in fields(kind)]
-    for key, value in values.items():
-        if key not in known:
-            raise UnknownNameError(f"key in {where or 'the recipe'}", str(key), known)
-        path = f"{where}.{key}" if where else key
-        if value is None and not _takes_null(hints[key]):
-            raise ConfigError(f"{path} must have a value; it is empty")
-        _descend(hints[key], value, path)
-
-
-def _takes_null(hint: Any) -> bool:
-    return hint is Any or type(None) in get_args(hint)
-
-
-def _descend(hint: Any, value: Any, where: str) -> None:
-    """Check the keys inside a field that is a dataclass, an optional one, or a mapping of them."""
-    arguments = get_args(hint)
-    if is_dataclass(hint) and isinstance(hint, type):
-        _refuse_unknown(hint, value, where)
-    elif get_origin(hint) in (Union, types.UnionType):
-        for option in arguments:
-            _descend(option, value, where)
-    elif get_origin(hint) is list and isinstance(value, list):
-        for number, inner in enumerate(value):
-            _descend(arguments[0], inner, f"{where}.{number}")
-    elif len(arguments) == 2 and is_dataclass(arguments[1]) and isinstance(value, Mapping):
-        for key, inner in value.items():
-            _descend(arguments[1], inner, f"{where}.{key}")
-
-
-_NOISE = ("Does not validate", "Subtypes:", "Errors:", "Problem with given", "Given value",
-          "Expected a <class 'NoneType'>")  # fmt: skip
-
-
-def _readable(error: Exception) -> str:
-    """`train.steps: Expected a <class 'int'>. Got value: ten`, of jsonargparse's nested message."""
-    keys: list[str] = []
-    rest: list[str] = []
-    for line in str(error).splitlines():
-        key = re.match(r'[\s-]*Parser key "([^"]+)":(.*)', line)
-        keys += [key[1].removeprefix("run.")] if key else []
-        text = (key[2] if key else line).strip(" -")
-        rest += [text] if text and not text.startswith(_NOISE) else []
-    return ": ".join(part for part in (".".join(keys), " ".join(rest)) if part)

@@ -32,13 +32,13 @@ from plait.stream import pack
 from plait.trainer import checkpoint, quantization
 from plait.trainer.build import Built, build
 from plait.trainer.comparing import Compared, Job, compare
-from plait.trainer.config import spec_from
 from plait.trainer.engine.inputs import document_from
 from plait.trainer.files import new_folder, write_json
 from plait.trainer.identity import TURNS
 from plait.trainer.manifest import digest_of, sha256_of, verify, write_sealed
 from plait.trainer.source import Source
-from plait.trainer.spec import DTYPES
+from plait.trainer.spec import DTYPES, OUTPUT
+from plait.trainer.strict import spec_from
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 MEDIA = ("encoders.safetensors", "preprocessing.json")
@@ -150,6 +150,8 @@ def _trained(plain: Any, folder: Path, built: Built) -> Any:
     if built.lora is not None:
         from peft import PeftModel
 
+        if OUTPUT in built.spec.lora_targets:  # what is merged there is not the embeddings'
+            _untie(plain)
         return PeftModel.from_pretrained(plain, folder).merge_and_unload()
     if built.trains_language:
         report = plain.load_state_dict(load_file(folder / "language.safetensors"), strict=False)
@@ -159,6 +161,14 @@ def _trained(plain: Any, folder: Path, built: Built) -> Any:
                 f"{report.unexpected_keys[0]}; export with the transformers it was trained with"
             )
     return plain
+
+
+def _untie(plain: Any) -> None:
+    """Give the output layer a weight of its own."""
+    output = plain.get_output_embeddings()
+    output.weight = torch.nn.Parameter(output.weight.detach().clone(), requires_grad=False)
+    plain.config.get_text_config().tie_word_embeddings = False
+    plain.config.tie_word_embeddings = False
 
 
 def _base_name(built: Built) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from plait.datasets.fetch import home, source_names
+from plait.datasets.fetch import source_names
 from plait.datasets.fetch.folders import size_of
 from plait.datasets.records import open_records
 from plait.encoders import registry
 from plait.errors import ConfigError
+from plait.home import home
 from plait.trainer.inspection import describe
 from plait.trainer.run import VERSIONS
 from plait.trainer.source import Source

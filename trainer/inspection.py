@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from plait.datasets.decoding import Decoder
-from plait.datasets.fetch import home
 from plait.datasets.headers import HeaderCache
 from plait.datasets.packing import WINDOW, cost_stream, fill_of, stream_packs
 from plait.datasets.policy import rule_of
 from plait.datasets.records import Records
 from plait.datasets.survey import Inspect, MediumFacts, Problem, Survey, survey
 from plait.errors import DataError
+from plait.home import home
 from plait.modalities import Limits
 from plait.stream import Sample, check_placeholders, render
 from plait.trainer.build import build

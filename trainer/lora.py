@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from plait.errors import CheckpointError, ConfigError
 from plait.trainer.ranks.sharding import fill
-from plait.trainer.spec import LoraSpec
+from plait.trainer.spec import OUTPUT, LoraSpec
 
 _PREFIX = "base_model.model."
 
@@ -22,14 +22,41 @@ def linear_names(model: nn.Module, output: nn.Module | None) -> list[str]:
     """
     from peft.tuners.lora.layer import LoraLayer
 
-    adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    adapted = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and module is not output
+    ]
     inside = tuple(f"{name}." for name in adapted)
     names = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not output and not name.startswith(inside)
+        if isinstance(module, nn.Linear)
+        and not _belongs_to(module, output)
+        and not name.startswith(inside)
     }
     return sorted(names | {name.rsplit(".", 1)[-1] for name in adapted})
+
+
+def _belongs_to(module: nn.Module, output: nn.Module | None) -> bool:
+    """Whether it is the output layer, or one of the parts that an adapter gave it."""
+    return output is not None and any(module is part for part in output.modules())
+
+
+def output_factors(
+    output: nn.Module, adapter: str | None, hidden: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """What an adapter on the output layer adds to the logits, as two factors.
+
+    hidden (P, H) -> down (P, R), and up (V, R): down up^T are the added logits. None where this
+    adapter does not reach the output layer.
+    """
+    layer: Any = output
+    if adapter is None or adapter not in getattr(layer, "lora_A", {}):
+        return None
+    dropped = layer.lora_dropout[adapter](hidden.float())
+    down = layer.lora_A[adapter](dropped) * layer.scaling[adapter]
+    return down, layer.lora_B[adapter].weight
 
 
 def add_lora(
@@ -54,12 +81,14 @@ def add_lora(
             f"an adapter needs linear layers and {type(model).__name__} has none but its output "
             "layer: train the whole language model (lora: null), or choose another"
         )
-    targets = known if spec.targets == ("all-linear",) else list(spec.targets)
-    unknown = [name for name in targets if name not in known]
+    targets = _targets(spec, known)
+    unknown = [name for name in targets if name not in known and name != OUTPUT]
     if unknown:
         raise ConfigError(
             f"lora.targets names no linear layer: {unknown[0]!r}; known: {', '.join(known)}"
         )
+    if OUTPUT in targets:
+        targets[targets.index(OUTPUT)] = _name_of(model, output)
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
@@ -71,6 +100,7 @@ def add_lora(
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+        warnings.filterwarnings("ignore", ".*tie_word_embeddings.*")  # `Export` unties them
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, adapter)
     for name, parameter in model.named_parameters():
@@ -78,6 +108,26 @@ def add_lora(
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     return config
+
+
+def _targets(spec: LoraSpec, known: list[str]) -> list[str]:
+    """Names of layers, `OUTPUT` among them."""
+    targets = list(dict.fromkeys(spec.targets))
+    if "all-linear" in targets:
+        return known + [OUTPUT] * (OUTPUT in targets)
+    return targets
+
+
+def _name_of(model: nn.Module, output: nn.Module | None) -> str:
+    """The last component of the output layer's name.
+
+    Raises:
+        ConfigError: the model has none of its own.
+    """
+    for name, module in model.named_modules():
+        if module is output and hasattr(module, "weight"):
+            return str(name).rsplit(".", 1)[-1]
+    raise ConfigError(f"{type(model).__name__} has no output layer that an adapter could stand on")
 
 
 def remove_lora(model: nn.Module, adapter: str) -> None:

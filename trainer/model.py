@@ -19,6 +19,7 @@ from plait.kernels.interval_attention import Intervals
 from plait.kernels.token_logprobs import Scored, token_logprobs, weighted_nll
 from plait.stream import TokenStream
 from plait.trainer.backbone import Backbone
+from plait.trainer.lora import output_factors
 from plait.trainer.losses import LOSSES, WEIGHTED_NLL, Loss, LossBatch
 from plait.trainer.rows import Deeper, Rows
 from plait.trainer.spec import TOWER_PARTS
@@ -140,11 +141,11 @@ class PlaitModel(nn.Module):
 
     def logprobs_at(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """hidden (P, H), targets (P,) -> logprobs (P,) in float32."""
-        return self._scored(hidden, targets, entropy=False).logprobs
+        return self.scored(hidden, targets).logprobs
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(P, H) -> (P, V) in float32; for the few positions that are sampled from."""
-        return self.backbone.logits(hidden)
+        return self.backbone.logits(hidden, [self.adapter] * len(hidden))
 
     def compute(
         self, stream: TokenStream, objective: Objective = LEARN, everywhere: bool = False
@@ -180,7 +181,7 @@ class PlaitModel(nn.Module):
             metrics: dict[str, Tensor] = {}
         else:
             entropy = objective.loss.needs_entropy(objective.config)
-            scored = self._scored(states, targets, entropy)
+            scored = self.scored(states, targets, entropy=entropy)
             logprobs = scored.logprobs
             batch = _loss_batch(stream, index[learned[index]], objective, scored, read)
             losses = objective.loss.function(batch)
@@ -205,20 +206,28 @@ class PlaitModel(nn.Module):
         weights = stream.weights[index].to(self.device, torch.float32)
         head = self.output_weight
         total, logprobs = weighted_nll(
-            hidden.to(head.dtype), head, targets, weights, softcap=self.backbone.softcap
-        )
+            hidden.to(head.dtype), head, targets, weights,
+            softcap=self.backbone.softcap, adapter=self._output_adapter(hidden),
+        )  # fmt: skip
         each = -logprobs.double() * weights
         if each.ndim == 2:
             each = each.sum(-1)
         losses = torch.segment_reduce(each, "sum", lengths=_lengths(stream, index).to(each.device))
         return total, losses, logprobs
 
-    def _scored(self, hidden: Tensor, targets: Tensor, entropy: bool) -> Scored:
+    def scored(
+        self, hidden: Tensor, targets: Tensor, *, entropy: bool = False, top_k: int = 0
+    ) -> Scored:
+        """hidden (P, H), targets (P,) or (P, K) -> what the model thinks of them; see
+        `token_logprobs`."""
         weight = self.output_weight
         return token_logprobs(
-            hidden.to(weight.dtype), weight, targets,
-            softcap=self.backbone.softcap, entropy=entropy,
+            hidden.to(weight.dtype), weight, targets, softcap=self.backbone.softcap,
+            entropy=entropy, top_k=top_k, adapter=self._output_adapter(hidden),
         )  # fmt: skip
+
+    def _output_adapter(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        return output_factors(self.backbone.output_layer, self.adapter, hidden)
 
     def trainable(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """(part, name, parameter) of all that trains, in a stable order.

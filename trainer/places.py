@@ -6,8 +6,8 @@ from pathlib import Path
 from plait.errors import ConfigError
 
 SCHEME = "tinker://"
-KINDS = ("weights", "sampler_weights")
-"""To resume from, and weights alone."""
+KINDS = ("weights", "sampler_weights", "external_weights")
+"""To resume from; weights alone, to sample from, or to be taken elsewhere."""
 
 LONGEST = 200
 """Bytes of a name: file systems take 255, and a name that is set aside gets some more."""

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from plait.datasets.fetch import home
 from plait.datasets.journal import Journal
 from plait.datasets.ledger import Ledger, empty_state
 from plait.encoders.feature_folder import FeatureFolder
@@ -35,6 +34,7 @@ from plait.errors import (
     DamagedCheckpointError,
     Interrupted,
 )
+from plait.home import home
 from plait.modalities import Limits
 from plait.stream import Sample
 from plait.trainer import checkpoint

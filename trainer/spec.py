@@ -21,6 +21,25 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 QUANTIZATIONS = ("nf4",)
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+OUTPUT = "output"
+"""Among `LoraSpec.targets`: the output layer, whatever the model calls it."""
+
+
+def lora_targets(attention: bool, mlp: bool, unembed: bool) -> tuple[str, ...]:
+    """The layers that the flags of `create_lora_training_client` give an adapter.
+
+    Raises:
+        ConfigError: none.
+    """
+    layers = ("all-linear",) if attention and mlp else ATTENTION * attention + MLP * mlp
+    chosen = layers + (OUTPUT,) * unembed
+    if not chosen:
+        raise ConfigError("an adapter needs layers; set train_attn, train_mlp or train_unembed")
+    return chosen
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSpec:
@@ -36,7 +55,8 @@ class LoraSpec:
     """Dropout on the adapter's input, as a probability."""
 
     targets: tuple[str, ...] = ("all-linear",)
-    """Names of the linear layers adapted; "all-linear" is every one but the output layer."""
+    """Names of the linear layers adapted; "all-linear" is every one but the output layer, which is
+    called "output"."""
 
     dora: bool = False
     """Train magnitudes and directions of weights apart (Liu et al. 2024, arXiv 2402.09353)."""
@@ -54,6 +74,8 @@ class LoraSpec:
                 "lora.targets must be a list of layers' names, or of 'all-linear'; it is "
                 f"{targets!r}"
             )
+        if self.dora and OUTPUT in self.targets:
+            raise ConfigError("lora.targets may not name the output layer with lora.dora")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +142,11 @@ class ModelSpec:
     attention: str = "auto"
     """How the language model's attention is computed: "auto" takes what the device has, a name in
     docs/kernels.md forces one."""
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """What has an adapter; nothing where there is none."""
+        return () if self.lora is None else self.lora.targets
 
     def __post_init__(self) -> None:
         for entry in self.train:

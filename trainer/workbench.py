@@ -8,7 +8,6 @@ from functools import cached_property
 from plait.datasets.columns import Measured, RowCounts
 from plait.datasets.decoding import Decoder
 from plait.datasets.executor import Executor
-from plait.datasets.fetch import home
 from plait.datasets.headers import HeaderCache
 from plait.datasets.journal import HELD_OUT, Journal
 from plait.datasets.ledger import Ledger
@@ -19,6 +18,7 @@ from plait.datasets.settings import LoaderSettings
 from plait.encoders.feature_cache import FeatureCache
 from plait.encoders.media_encoder import MediaEncoder
 from plait.errors import DataError, DecodeTimeoutError, Origin
+from plait.home import home
 from plait.stream import Document, Item, Sample, check_placeholders, render
 from plait.trainer.build import Built
 from plait.trainer.config import RunConfig

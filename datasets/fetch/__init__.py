@@ -13,7 +13,6 @@ Each folder appears whole or not at all, and holds a `fetched.json` that says wh
 
 from plait.datasets.fetch.apt import apt_package
 from plait.datasets.fetch.everything import Fetched, dataset_folder, fetch
-from plait.datasets.fetch.folders import home
 from plait.datasets.fetch.pip import pip_package
 from plait.datasets.fetch.progress import Progress, terminal_progress
 from plait.datasets.fetch.sources import listing, load_source, source_names
@@ -24,7 +23,6 @@ __all__ = [
     "apt_package",
     "dataset_folder",
     "fetch",
-    "home",
     "listing",
     "load_source",
     "pip_package",

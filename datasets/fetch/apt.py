@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plait.datasets.fetch.commands import run
-from plait.datasets.fetch.folders import OWN_FOLDER, ensure, home, size_of
+from plait.datasets.fetch.folders import OWN_FOLDER, ensure, size_of
 from plait.datasets.fetch.pip import RECORD, digest
 from plait.datasets.fetch.progress import Progress
 from plait.errors import FetchError
+from plait.home import home
 
 
 @dataclass(frozen=True, slots=True)

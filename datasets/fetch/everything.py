@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plait.datasets.fetch.folders import ensure, home
+from plait.datasets.fetch.folders import ensure
 from plait.datasets.fetch.pip import RECORD, pip_package
 from plait.datasets.fetch.prepare import PREPARERS, REVISION, write
 from plait.datasets.fetch.progress import Progress
 from plait.datasets.fetch.sources import Source, family, load_source
 from plait.errors import FetchError
+from plait.home import home
 
 Resolve = Callable[[str, Progress], Path]
 

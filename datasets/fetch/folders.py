@@ -22,12 +22,6 @@ OWN_FOLDER = (
 """What always remains where something cannot be fetched."""
 
 
-def home() -> Path:
-    """The folder of everything fetched or converted: `$PLAIT_HOME`, default `~/.cache/plait`."""
-    named = os.environ.get("PLAIT_HOME")
-    return Path(named).expanduser().absolute() if named else Path.home() / ".cache" / "plait"
-
-
 def size_of(folder: Path) -> int:
     """Bytes of the files under a folder that other processes may be changing."""
     total = 0

@@ -11,9 +11,10 @@ from zipfile import BadZipFile, ZipFile, ZipInfo
 
 from plait.datasets.fetch.archives import unpack
 from plait.datasets.fetch.commands import run
-from plait.datasets.fetch.folders import ensure, home, size_of
+from plait.datasets.fetch.folders import ensure, size_of
 from plait.datasets.fetch.progress import Progress
 from plait.errors import FetchError
+from plait.home import home
 
 RECORD = "fetched.json"
 """The file, in each fetched folder, that says what was fetched."""

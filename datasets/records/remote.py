@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from plait.datasets.fetch.folders import home
 from plait.errors import DataError
+from plait.home import home
 from plait.modalities import Limits
 
 _BLOCK = 1 << 20

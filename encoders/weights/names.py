@@ -10,7 +10,7 @@ from typing import Any
 
 import plait
 from plait.datasets.fetch.commands import run
-from plait.datasets.fetch.folders import ensure, home, size_of
+from plait.datasets.fetch.folders import ensure, size_of
 from plait.datasets.fetch.pip import pip_package
 from plait.datasets.fetch.progress import Progress, readable
 from plait.encoders.weights.hub import from_hub
@@ -20,6 +20,7 @@ from plait.encoders.weights.packages import (
     WeightsPackage,
 )
 from plait.errors import ConfigError, UnknownNameError
+from plait.home import home
 
 MANIFEST = "manifest.json"
 _PIP = "pip:"

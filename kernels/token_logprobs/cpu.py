@@ -47,9 +47,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = self._buffer[: len(hidden)]
-        hidden = hidden.float()
-        for part, block in self._blocks():
-            torch.mm(hidden, block.T, out=logits[:, part])
+        self._multiply(hidden, logits)
         softcap, temperature = self._shaping.softcap, self._shaping.temperature
         for rows in _groups(logits):
             z = logits[rows]
@@ -60,6 +58,12 @@ class Head:
             if temperature != 1:
                 z /= temperature
         return logits
+
+    def _multiply(self, hidden: Tensor, out: Tensor) -> None:
+        """Write the raw logits (C, V)."""
+        hidden = hidden.float()
+        for part, block in self._blocks():
+            torch.mm(hidden, block.T, out=out[:, part])
 
     def statistics(self, logits: Tensor, ids: Tensor, entropy: bool) -> Statistics:
         lse = torch.empty(len(logits), dtype=torch.float32, device=logits.device)

@@ -9,13 +9,24 @@ from torch import Tensor, nn
 from plait.kernels.token_logprobs.cpu import BLOCK
 
 
-def output_logits(hidden: Tensor, weight: Tensor, *, softcap: float | None = None) -> Tensor:
+def output_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    softcap: float | None = None,
+    added: Tensor | None = None,
+) -> Tensor:
     """hidden (P, H), weight (V, H) -> (P, V) in float32, never rounded to a 16-bit type.
+
+    Args:
+        added: (P, V) float32 of adapters, before the cap.
 
     Rounded, a logit of 20 would be off by up to 0.06, and so would a sample's logprob be from the
     one that training finds for it.
     """
     logits = _products(hidden, weight)
+    if added is not None:
+        logits = logits + added
     return logits if softcap is None else softcap * (logits / softcap).tanh()
 
 

@@ -4,11 +4,13 @@ Shape letters: T positions, H hidden size, V vocabulary, K targets of a position
 """
 
 import importlib.util
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from plait.kernels.token_logprobs import adapted
 from plait.kernels.token_logprobs.chunked import Scores, Wanted, WeightedNll
 from plait.kernels.token_logprobs.head import HeadFactory, Shaping
 
@@ -38,6 +40,7 @@ def token_logprobs(
     temperature: float = 1.0,
     entropy: bool = False,
     top_k: int = 0,
+    adapter: tuple[Tensor, Tensor] | None = None,
     route: str | None = None,
 ) -> Scored:
     """hidden (T, H), weight (V, H), targets (T,) or (T, K) -> logprobs of the targets.
@@ -52,16 +55,21 @@ def token_logprobs(
         entropy: Also the entropies. With them, as with `top_k` or K > 1, the backward pass
             computes the logits again; logprobs alone over a frozen weight do without.
         top_k: Also so many likeliest tokens of each position.
+        adapter: down (T, R) and up (V, R), whose product is added to the raw logits; the weight
+            is frozen then, and `down` and `up` may train. Computed by the route "cpu".
         route: "cpu" (plain torch, any device) or "triton"; None takes Triton on a GPU.
 
     Raises:
         ValueError: shapes or types that do not fit, a bias that trains, an unknown route.
     """
     shaping = _checked(hidden, weight, targets, bias, softcap, temperature)
+    head = _head(hidden, route)
+    if adapter is not None:
+        hidden, weight, head = _adapted(hidden, weight, adapter)
     if not 0 <= top_k <= len(weight):
         raise ValueError(f"top_k is from 0 to the vocabulary's {len(weight)}; got {top_k}")
     wanted = Wanted(
-        head=_head(hidden, route),
+        head=head,
         shaping=shaping,
         hidden_gradient=torch.is_grad_enabled() and hidden.requires_grad,
         weight_gradient=torch.is_grad_enabled() and weight.requires_grad,
@@ -82,6 +90,7 @@ def weighted_nll(
     bias: Tensor | None = None,
     softcap: float | None = None,
     temperature: float = 1.0,
+    adapter: tuple[Tensor, Tensor] | None = None,
     route: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-sum(loss_weights * logprobs), and the logprobs, detached, in the targets' shape; float32.
@@ -92,12 +101,15 @@ def weighted_nll(
 
     Args:
         loss_weights: In the shape of `targets`; frozen.
-        bias, softcap, temperature, route: As in `token_logprobs`.
+        bias, softcap, temperature, adapter, route: As in `token_logprobs`.
 
     Raises:
         ValueError: as in `token_logprobs`, or loss weights that train or do not fit.
     """
     shaping = _checked(hidden, weight, targets, bias, softcap, temperature)
+    head = _head(hidden, route)
+    if adapter is not None:
+        hidden, weight, head = _adapted(hidden, weight, adapter)
     if loss_weights.shape != targets.shape or loss_weights.requires_grad:
         raise ValueError(
             "loss weights are frozen and have the targets' shape; got "
@@ -105,7 +117,7 @@ def weighted_nll(
             "they train"
         )
     wanted = Wanted(
-        head=_head(hidden, route),
+        head=head,
         shaping=shaping,
         hidden_gradient=torch.is_grad_enabled() and hidden.requires_grad,
         weight_gradient=torch.is_grad_enabled() and weight.requires_grad,
@@ -114,6 +126,22 @@ def weighted_nll(
     weights = loss_weights.float().reshape(ids.shape)
     loss, logprobs = WeightedNll.apply(hidden, weight, ids, weights, bias, wanted)
     return loss, logprobs.reshape(targets.shape)
+
+
+def _adapted(
+    hidden: Tensor, weight: Tensor, adapter: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, HeadFactory]:
+    """What the chunks are given where an adapter stands beside the weight."""
+    down, up = adapter
+    if down.shape != (len(hidden), up.shape[1]) or len(up) != len(weight):
+        raise ValueError(
+            f"an adapter is down ({len(hidden)}, R) and up ({len(weight)}, R); got "
+            f"{tuple(down.shape)} and {tuple(up.shape)}"
+        )
+    if weight.requires_grad:
+        raise ValueError("beside an adapter the weight is frozen; this one trains")
+    joined = torch.cat([hidden, down.to(hidden.dtype)], dim=1)
+    return joined, up, partial(adapted.Head, frozen=weight)
 
 
 def _head(hidden: Tensor, route: str | None) -> HeadFactory:

@@ -13,7 +13,9 @@ import numpy as np
 
 from plait.client.base import Client
 from plait.client.futures import APIFuture
-from plait.errors import ConfigError, ModelError
+from plait.errors import ModelError
+from plait.primitives.documents import prompt_of, vocabulary_of
+from plait.primitives.sampling import sample_response, settings_of
 from plait.ranges import check_number
 from plait.stream import Document
 from plait.trainer.build import Built
@@ -21,9 +23,7 @@ from plait.trainer.engine import commands
 from plait.trainer.engine.controller import Engine
 from plait.trainer.sampling.settings import SamplerSettings
 from plait.types import (
-    Datum,
     ModelInput,
-    SampledSequence,
     SampledToken,
     SampleResponse,
     SamplingParams,
@@ -65,7 +65,7 @@ class SamplingClient(Client):
             ModelError: the client is closed.
         """
         check_number("num_samples", num_samples, "[1, inf)", whole=True)
-        most = f"[0, {self._vocabulary + 1})"
+        most = f"[0, {vocabulary_of(self._built) + 1})"
         check_number("topk_prompt_logprobs", topk_prompt_logprobs, most, whole=True)
         command = commands.Sample(
             self._view,
@@ -121,7 +121,7 @@ class SamplingClient(Client):
         named = commands.named(command, name)
         # Of the engine, not of this client: a result that is kept must not keep its weights.
         cancel = partial(self._engine.discard, commands.CancelSample(self._view, name))
-        told = partial(_sample_response, top=command.top_prompt_logprobs > 0)
+        told = partial(sample_response, top=command.top_prompt_logprobs > 0)
         return APIFuture(self._queued(named), told, cancel)
 
     def _queued(self, command: commands.Sample) -> "Future[Any]":
@@ -130,12 +130,7 @@ class SamplingClient(Client):
         return self._engine.submit(command)
 
     def _prompt(self, prompt: ModelInput) -> Document:
-        if not isinstance(prompt, ModelInput):
-            raise ConfigError(
-                f"a prompt is a ModelInput; it was given as {type(prompt).__name__}: "
-                "client.prompt(...) makes one of texts and media, ModelInput.from_ints of token ids"
-            )
-        return self._document(Datum(prompt))
+        return prompt_of(prompt, self._built)
 
     def close(self) -> None:
         """Give the weights back, once what is queued is sampled."""
@@ -143,21 +138,7 @@ class SamplingClient(Client):
             self._engine.finish(commands.DropView(self._view))
 
     def _settings(self, params: SamplingParams) -> SamplerSettings:
-        if not isinstance(params, SamplingParams):
-            raise ConfigError(f"how to sample is told by SamplingParams; it was given {params!r}")
-        stop: tuple[int | str, ...] | None = None if params.stop is None else tuple(params.stop)
-        for token in stop or ():
-            if isinstance(token, int):
-                check_number("a stop token", token, f"[0, {self._vocabulary})", whole=True)
-        return SamplerSettings(
-            max_tokens=params.max_tokens,
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            min_p=params.min_p,
-            seed=int(self._seeds.integers(2**62)) if params.seed is None else params.seed,
-            stop=stop,
-        )
+        return settings_of(params, int(self._seeds.integers(2**62)), self._built)
 
 
 class TokenStream(Iterator[SampledToken]):
@@ -185,15 +166,3 @@ class TokenStream(Iterator[SampledToken]):
     def close(self) -> None:
         """Cancel what has not come yet; idempotent."""
         self._cancel()
-
-
-def _sample_response(sampled: commands.Sampled, top: bool = False) -> SampleResponse:
-    scores = sampled.scores
-    return SampleResponse(
-        [
-            SampledSequence("stop" if row.stopped else "length", row.tokens, row.logprobs)
-            for row in sampled.samples
-        ],
-        None if scores is None else scores.logprobs,
-        None if scores is None or not top else scores.top,
-    )

@@ -1,31 +1,29 @@
 """The client that makes clients."""
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from plait.client.futures import AsyncNames
 from plait.client.sampling import SamplingClient
 from plait.client.training import TrainingClient
-from plait.datasets.fetch import home
 from plait.errors import ConfigError
+from plait.home import home
 from plait.modalities import Limits
 from plait.trainer.build import Built
 from plait.trainer.checks import packing_warning
-from plait.trainer.config import spec_from
 from plait.trainer.engine.controller import Engine, EngineSettings
 from plait.trainer.manifest import verify
 from plait.trainer.places import Place
 from plait.trainer.source import Source
-from plait.trainer.spec import EncoderSpec, LoraSpec, ModelSpec
+from plait.trainer.spec import EncoderSpec, LoraSpec, ModelSpec, lora_targets
 from plait.trainer.store import Entry, Store
+from plait.trainer.strict import spec_from
 from plait.types import Checkpoint
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 class ServiceClient(AsyncNames):
@@ -35,7 +33,9 @@ class ServiceClient(AsyncNames):
 
     Args:
         folder: Where `save_state` keeps checkpoints; `$PLAIT_HOME/runs` by default. What killed
-            processes left there is cleared away, and what expired.
+            processes left there is cleared away, and what expired. Or the address of a server
+            (`plait serve`), whose runs these are then; see `plait.client.remote`.
+        key: Of the caller, for a server; `$PLAIT_API_KEY` by default.
         limits: How large a media file may be before it is refused.
         devices: Ranks that train together, one on each GPU, or as so many processes on a CPU. They
             are started here; nothing else is to be run. As `engine` says where it is not given.
@@ -45,13 +45,28 @@ class ServiceClient(AsyncNames):
         clock: Seconds since the epoch, by which checkpoints expire.
 
     Raises:
-        ConfigError: an address instead of a folder, or several devices where this process
-            uses torch.distributed already.
+        ConfigError: several devices where this process uses torch.distributed already, or
+            settings with an address, where they are the server's.
     """
+
+    def __new__(
+        cls, folder: str | Path | None = None, key: str | None = None, **options: Any
+    ) -> Any:
+        """A client of a server, where an address is given."""
+        if not (isinstance(folder, str) and "://" in folder):
+            return super().__new__(cls)
+        from plait.client.remote.service import RemoteServiceClient
+
+        if not folder.startswith(("http://", "https://")):
+            raise ConfigError(f"a server's address begins with http:// or https://; got {folder}")
+        if options:
+            raise ConfigError(f"{next(iter(options))} is the server's to choose: leave it out")
+        return RemoteServiceClient(folder, key or os.environ.get("PLAIT_API_KEY"))
 
     def __init__(
         self,
         folder: str | Path | None = None,
+        key: str | None = None,
         *,
         limits: Limits = Limits(),  # noqa: B008  (frozen)
         devices: int | None = None,
@@ -59,11 +74,8 @@ class ServiceClient(AsyncNames):
         engine: EngineSettings | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        if isinstance(folder, str) and "://" in folder:
-            raise ConfigError(
-                "this version works in its own process and ServiceClient takes a folder; "
-                f"{folder} is an address, which a later release will take: leave it out"
-            )
+        if key is not None:
+            raise ConfigError("a key is for a server; this client works in its own process")
         self.folder = Path(folder) if folder is not None else home() / "runs"
         self.limits = limits
         self._store = Store(self.folder, clock)
@@ -102,7 +114,7 @@ class ServiceClient(AsyncNames):
             seed: Draws the initial weights; 0 by default.
             user_metadata: Texts by name that the manifest of everything saved will hold.
             train_mlp, train_attn: Which linear layers get an adapter.
-            train_unembed: An adapter on the output layer, which is refused here.
+            train_unembed: An adapter on the output layer too.
             encoders: An encoder per medium: `{"image": EncoderSpec(name=..., weights=...)}`.
             template: A chat template of one's own.
             train: The parts that train: "language", "projector", "vision".
@@ -111,9 +123,7 @@ class ServiceClient(AsyncNames):
         Raises:
             ConfigError: an option that is not supported, or a model that cannot be loaded.
         """
-        if train_unembed:
-            raise ConfigError("train_unembed is not supported: the output layer gets no adapter")
-        targets = _targets(train_attn, train_mlp)
+        targets = lora_targets(train_attn, train_mlp, train_unembed)
         spec = ModelSpec(
             language=base_model,
             encoders=dict(encoders or {}),
@@ -244,11 +254,3 @@ def _checkpoint(entry: Entry) -> Checkpoint:
         user_metadata=manifest.get("user_metadata", {}),
         problem=entry.problem,
     )
-
-
-def _targets(attention: bool, mlp: bool) -> tuple[str, ...]:
-    if attention and mlp:
-        return ("all-linear",)
-    if not attention and not mlp:
-        raise ConfigError("an adapter needs layers; set train_attn or train_mlp")
-    return ATTENTION if attention else MLP

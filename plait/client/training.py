@@ -3,21 +3,23 @@
 import json
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from plait.client.base import Client
-from plait.client.custom import LossOfLogprobs, unweighted, weighted_data
 from plait.client.futures import APIFuture
-from plait.client.inputs import check_data, check_plain, input_from
-from plait.client.objectives import evened, objective_of
 from plait.client.sampling import SamplingClient
-from plait.errors import ConfigError, DataError, ModelError
-from plait.stream import Document, Sample, render
+from plait.errors import ConfigError, ModelError
+from plait.primitives.custom import LossOfLogprobs, unweighted, weighted_data
+from plait.primitives.documents import documents_of
+from plait.primitives.inputs import check_data, check_plain, input_from
+from plait.primitives.objectives import objective_of
+from plait.primitives.training import forward_backward_output
+from plait.stream import Sample, render
 from plait.trainer.build import Built, parameter_counts
 from plait.trainer.engine import commands
-from plait.trainer.engine.controller import Engine, facts_of
+from plait.trainer.engine.controller import Engine
 from plait.trainer.lifetime import check_ttl
 from plait.trainer.losses import Loss, LossBatch
 from plait.trainer.model import Objective
@@ -34,7 +36,6 @@ from plait.types import (
     OptimizerParams,
     OptimStepResponse,
     SaveWeightsResponse,
-    TensorData,
 )
 
 LossFn = str | Loss | Callable[[LossBatch], Any]
@@ -126,7 +127,7 @@ class TrainingClient(Client):
         future = self.forward_backward(weighted)
 
         def told(results: list[commands.DocumentResult]) -> ForwardBackwardOutput:
-            made = _forward_backward_output(results)
+            made = forward_backward_output(results)
             return ForwardBackwardOutput(made.loss_fn_outputs, made.metrics | metrics)
 
         return APIFuture(future._future, told)
@@ -134,18 +135,10 @@ class TrainingClient(Client):
     def _compute(
         self, data: Sequence[Datum], objective: Objective, backward: bool
     ) -> APIFuture[ForwardBackwardOutput]:
-        documents = list(self._documents(evened(check_data(data), objective.loss), objective))
+        documents = list(documents_of(data, self._built, objective))
         self._check_open()
         future = self._engine.forward_backward(self._run, documents, objective, backward=backward)
-        return APIFuture(future, _forward_backward_output)
-
-    def _documents(self, data: Sequence[Datum], objective: Objective) -> Iterator[Document]:
-        for number, datum in enumerate(data):
-            group = number // 2 if objective.loss.paired else None
-            try:
-                yield self._document(datum, objective, group)
-            except DataError as error:
-                raise type(error)(f"datum {number}: {error.message}", error.origin) from error
+        return APIFuture(future, forward_backward_output)
 
     def optim_step(
         self, adam_params: AdamParams | OptimizerParams, *, divide_by_weight: bool = False
@@ -287,10 +280,3 @@ def _check_cursor(cursor: Any) -> None:
             "a cursor comes back as it was, so it must be plain JSON (dicts with text keys, lists, "
             f"texts, finite numbers, True, False, None); got {cursor!r}"
         )
-
-
-def _forward_backward_output(results: list[commands.DocumentResult]) -> ForwardBackwardOutput:
-    return ForwardBackwardOutput(
-        loss_fn_outputs=[{"logprobs": TensorData(result.logprobs)} for result in results],
-        metrics=dict(facts_of(results)),
-    )

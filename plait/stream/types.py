@@ -77,6 +77,14 @@ class Span:
         return self.start + self.length
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's numbers as they lie in memory, one behind another, whatever its strides."""
+    # A single number of a larger tensor has its stride still, and torch takes it for contiguous.
+    flat = torch.empty(tensor.shape, dtype=tensor.dtype)
+    flat.copy_(tensor.detach())
+    return flat.reshape(-1).view(torch.uint8).numpy().data
+
+
 @dataclass(slots=True)
 class ItemInputs:
     """A loaded item: the encoder's CPU-processed inputs, or its cached frozen features (N, C)."""
@@ -94,7 +102,7 @@ class ItemInputs:
             found = hashlib.sha256()
             for name, tensor in sorted(self._tensors().items()):
                 found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+                found.update(bytes_of(tensor))
             self._digest = found.hexdigest()
         return self._digest
 

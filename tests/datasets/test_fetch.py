@@ -20,7 +20,6 @@ from plait.datasets.fetch import (
     dataset_folder,
     everything,
     fetch,
-    home,
     packages,
     pip_package,
 )
@@ -30,6 +29,7 @@ from plait.datasets.fetch.folders import ensure
 from plait.datasets.fetch.pip import _unpack
 from plait.datasets.fetch.sources import load_source, parse_source
 from plait.errors import ConfigError, FetchError, UnknownNameError
+from plait.home import home
 
 NAME, VERSION = "efficientnet-lite-pytorch", "0.1.0"
 SHA256 = "ce0fe869b0e829aceafc32f84275a40c0e3418d19216401b03f695f5f20cbc41"

@@ -34,12 +34,6 @@ def shown(*parts: Any, **facts: Any) -> Sample:
     return Sample(turns, **facts)
 
 
-@pytest.mark.parametrize("address", ["http://host:8000", "https://host", "tinker://run"])
-def test_an_address_is_no_folder(address: str) -> None:
-    with pytest.raises(ConfigError, match=rf"takes a folder; {address} is an address, which a la"):
-        ServiceClient(address)
-
-
 def test_user_metadata_stands_in_what_is_saved(
     spec: ModelSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,3 +120,8 @@ def test_the_service_s_limits_hold_for_all_that_is_read(spec: ModelSpec, tmp_pat
         named = ModelInput((replace(chunk, format="png"), *rest))
         again = Datum(named, datum.loss_fn_inputs)
         assert client.forward([again]).result().metrics["loss:sum"] > 0
+
+
+def test_an_address_is_that_of_a_web_server() -> None:
+    with pytest.raises(ConfigError, match="begins with http:// or https://; got tinker://run"):
+        ServiceClient("tinker://run")

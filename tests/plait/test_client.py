@@ -11,6 +11,7 @@ import torch
 from plait.client import ServiceClient, TrainingClient
 from plait.errors import CheckpointError, ConfigError, DataError, ModelError, UnknownNameError
 from plait.modalities import Image, Text
+from plait.primitives.documents import document_of
 from plait.stream import Message, Sample
 from plait.trainer.engine.controller import EngineSettings
 from plait.trainer.engine.runs import Run
@@ -60,7 +61,7 @@ def test_results_keep_their_order_whatever_the_packing(make: Make, samples: list
     expected = gradients(client)
     longest = max(datum.model_input.length for datum in data)
     small = make(engine=EngineSettings(capacity=longest))
-    packs = small._engine.plan([small._document(d) for d in data])
+    packs = small._engine.plan([document_of(d, small._built) for d in data])
     assert len(packs) > 1
     apart = small.forward_backward(data).result()
     for datum, mine, other in zip(data, logprobs(together), logprobs(apart), strict=True):
@@ -126,7 +127,7 @@ def test_a_failed_call_adds_nothing(make: Make, samples: list[Sample], tmp_path:
     client.forward_backward(good).result()
     before = gradients(client)
     pending = run_of(client).pending_weight
-    documents = [client._document(d) for d in [*good, bad]]
+    documents = [document_of(d, client._built) for d in [*good, bad]]
     broken_pack = next(i for i, p in enumerate(client._engine.plan(documents)) if 3 in p)
     assert broken_pack > 0, "the broken picture must come after a micro-batch that succeeded"
     with pytest.raises(DataError, match=r"cut\.png"):
@@ -377,12 +378,21 @@ def test_options_of_the_lora_client(tiny_language: Path, tmp_path: Path) -> None
     assert (info.base_model, info.is_lora, info.lora_rank) == (base, True, 2)
     assert info.trainable == {"language": sum(w.numel() for w in weights(client).values())}
     client.close()
-    with pytest.raises(ConfigError, match="train_unembed is not supported"):
-        service.create_lora_training_client(base, train_unembed=True)
+    with pytest.raises(ConfigError, match="set train_attn, train_mlp or train_unembed"):
+        service.create_lora_training_client(base, train_mlp=False, train_attn=False)
     with pytest.raises(ConfigError, match="needs layers"):
         service.create_lora_training_client(base, train_mlp=False, train_attn=False)
     with pytest.raises(ConfigError, match="either model_path or base_model"):
         service.create_sampling_client()
+
+
+def test_a_run_counts_its_own_parameters(tiny_language: Path, tmp_path: Path) -> None:
+    """Not those of the runs that it shares its language model with."""
+    with ServiceClient(tmp_path) as service:
+        held = [service.create_lora_training_client(str(tiny_language), rank=n) for n in (2, 8)]
+        for client in held:
+            mine = sum(weight.numel() for weight in weights(client).values())
+            assert client.get_info().trainable["language"] == mine
 
 
 def test_datums_are_what_is_rendered(make: Make, samples: list[Sample]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from plait.cli import main as plait_command
 from plait.client import TrainingClient
@@ -16,7 +17,7 @@ from plait.modalities import Image, Text
 from plait.stream import Message, Sample
 from plait.trainer.engine import commands
 from plait.trainer.losses import Loss
-from plait.types import AdamParams, Datum, ImageChunk, ModelInput, SamplingParams
+from plait.types import AdamParams, Datum, ImageChunk, ModelInput, SamplingParams, TensorData
 
 TEXT = ModelInput.from_ints([5, 9, 12])
 
@@ -194,6 +195,12 @@ def test_targets_are_whole_numbers() -> None:
     for wrong in ([6.5, 7, 8], ["6", "7", "8"], "abc"):
         with pytest.raises(DataError, match="loss input 'target_tokens' must be whole numbers"):
             Datum(ModelInput.from_ints([5, 6, 7]), {"target_tokens": wrong})
+    with pytest.raises(DataError, match=r"must be whole numbers; it holds 1\.5"):
+        Datum(ModelInput.from_ints([5]), {"target_tokens": TensorData(np.array([1.5]))})
+    with pytest.raises(DataError, match=r"must be whole numbers; it holds 1\.5"):
+        Datum(ModelInput.from_ints([5]), {"target_tokens": torch.tensor([1.5])})
+    weights = Datum(TEXT, {"weights": TensorData(np.array([1, 0, 2]), "int64")}).loss_fn_inputs
+    assert weights["weights"].dtype == "float32"
     with pytest.raises(DataError, match="loss input 'weights' must be numbers"):
         Datum(ModelInput.from_ints([5]), {"target_tokens": [6], "weights": ["1"]})
 

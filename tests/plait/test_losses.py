@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from plait.client import TrainingClient
-from plait.client.objectives import objective_of
 from plait.errors import ConfigError, DataError, UnknownNameError
 from plait.modalities import Image
+from plait.primitives.documents import document_of
+from plait.primitives.objectives import objective_of
 from plait.stream import Sample
 from plait.trainer.engine.controller import EngineSettings
 from plait.trainer.losses import LossBatch
@@ -147,7 +148,7 @@ def test_dpo_reads_pairs_by_turns_however_they_are_packed(make: Make) -> None:
         assert named.metrics["pairs:sum"] == 2
         assert_close(gradients(one), expected)
     objective = objective_of("dpo", None)
-    documents = [narrow._document(d, objective, n // 2) for n, d in enumerate(data)]
+    documents = [document_of(d, narrow._built, objective, n // 2) for n, d in enumerate(data)]
     assert len(narrow._engine.plan(documents)) == 2
     with pytest.raises(DataError, match="reads pairs, chosen and rejected by turns"):
         client.forward_backward(data[:3], "dpo")

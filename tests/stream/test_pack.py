@@ -153,3 +153,12 @@ def test_features_that_are_too_few_name_their_row() -> None:
         batch.check([deep[0], short])
     with pytest.raises(ModelError, match=r"'e'.*2 items.*returned 1"):
         batch.check(right[:1])
+
+
+def test_an_item_is_known_by_its_numbers_whatever_their_strides() -> None:
+    """A single number of a larger tensor keeps its stride, which torch takes for contiguous."""
+    table = torch.arange(6, dtype=torch.float64).reshape(3, 2)
+    for part in (table[:1, 0], table[:, 1], table.T, table[:0]):
+        given = ItemInputs({"seconds": part}).digest()
+        assert given == ItemInputs({"seconds": part.clone().contiguous()}).digest()
+    assert ItemInputs({"a": table[:1, 0]}).digest() != ItemInputs({"a": table[1:2, 0]}).digest()

@@ -26,10 +26,10 @@ from plait.client import ServiceClient, TrainingClient
 from plait.modalities import Image, Text
 from plait.stream import Message, Sample
 from plait.trainer import checkpoint, lifetime, manifest, objects, store
-from plait.trainer.config import spec_from
 from plait.trainer.model import PlaitModel
 from plait.trainer.places import KINDS
 from plait.trainer.store import Store
+from plait.trainer.strict import spec_from
 from plait.types import AdamParams, Datum
 
 sys.path.insert(0, str(Path(__file__).parent))

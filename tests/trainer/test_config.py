@@ -9,7 +9,8 @@ import yaml
 
 import plait
 from plait.errors import ConfigError, UnknownNameError
-from plait.trainer.config import RunConfig, config_from, load_config, plain, spec_from
+from plait.trainer.config import RunConfig, config_from, load_config, plain
+from plait.trainer.strict import spec_from
 
 LEAST: dict[str, Any] = {"name": "x", "data": {"path": "rows"}, "model": {"language": "m"}}
 CONFIGS = Path(plait.__file__).resolve().parent.parent / "configs"

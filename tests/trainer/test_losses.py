@@ -10,10 +10,16 @@ from torch import Tensor
 
 from plait.errors import UnknownNameError
 from plait.kernels.token_logprobs import naive
+from plait.loss_inputs import LOSS_NAMES
 from plait.stream import pack
 from plait.trainer import losses
-from plait.trainer.losses import Loss, LossBatch
+from plait.trainer.losses import LOSSES, Loss, LossBatch
 from plait.trainer.model import Objective
+
+
+def test_their_names_are_known_without_a_framework() -> None:
+    assert set(LOSS_NAMES) <= LOSSES.keys()
+    assert all(LOSSES[name].name == name for name in LOSS_NAMES)
 
 
 def test_the_loss_is_the_weighted_sum_of_logprobs(lab: Any) -> None:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plait.client.inputs import input_from, piece_of
 from plait.encoders.base import Encoder, Grid, Inputs
 from plait.encoders.layouts.plain import PlainLayout
 from plait.encoders.media_encoder import MediaEncoder
 from plait.encoders.projectors import create_pool, create_projector
 from plait.modalities import Audio, AudioRequest, FrameSampling, Text, Video
+from plait.primitives.inputs import input_from, piece_of
 from plait.stream import (
     Document,
     Encoded,

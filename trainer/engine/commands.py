@@ -47,8 +47,8 @@ class DropRun:
 class ForwardBackward:
     """Compute documents in the micro-batches planned: lists of indices into `documents`.
 
-    Without `backward` nothing is added to the gradients, and logprobs are given at every text
-    position, not only where the loss reads them.
+    Without `backward` nothing is added to the gradients. Then, and with `everywhere`, logprobs are
+    given at every text position, not only where the loss reads them.
     """
 
     run: str
@@ -56,6 +56,7 @@ class ForwardBackward:
     micro_batches: list[list[int]]
     objective: Objective
     backward: bool = True
+    everywhere: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,9 @@ class MicroBatch:
 
     behind: int = 0
     """Passes of the run that have begun since its own."""
+
+    everywhere: bool = False
+    """Logprobs are wanted also where the loss reads none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +185,16 @@ class CreateView:
 
 
 @dataclass(frozen=True, slots=True)
+class SaveView:
+    """Keep a view's weights under a name, which replaces what was there; the result is the
+    checkpoint's digest."""
+
+    view: str
+    store: Store
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
 class DropView:
     """Forget a view when its samples are done; one that is gone already is no error."""
 
@@ -261,5 +275,5 @@ UNANSWERED = (Begin, Finish, Abandon, Lend, Forget)
 
 RunCommand = CreateRun | DropRun | ForwardBackward | OptimStep | SaveState | LoadState | TakeView
 PassCommand = Begin | Compute | Finish | Abandon
-ViewCommand = CreateView | DropView | Sample | CancelSample
+ViewCommand = CreateView | SaveView | DropView | Sample | CancelSample
 Command = RunCommand | PassCommand | ViewCommand | RankCommand

@@ -48,6 +48,9 @@ class Slice:
     behind: int = 0
     """Passes of the run that have begun since its own."""
 
+    everywhere: bool = False
+    """Logprobs are wanted also where the loss reads none; without `backward` they always are."""
+
 
 def compute(
     slices: Sequence[Slice],
@@ -90,7 +93,7 @@ def _part(one: Slice, load: Load) -> Part:
     documents = list(one.documents)
     loaded = one.inputs or [load(document, one.run.built) for document in documents]
     stream = pack(documents, loaded)
-    return Part(one.run.model, stream, one.objective, everywhere=not one.backward)
+    return Part(one.run.model, stream, one.objective, one.everywhere or not one.backward)
 
 
 def _add_gradients(

@@ -136,6 +136,7 @@ class Engine:
         objective: Objective = LEARN,
         *,
         backward: bool = True,
+        everywhere: bool = False,
     ) -> "Future[Any]":
         """Plan micro-batches and queue them as one command.
 
@@ -154,7 +155,7 @@ class Engine:
             for number, document in enumerate(documents)
         ]
         batches = self.plan(named)
-        return self.submit(ForwardBackward(run, named, batches, objective, backward))
+        return self.submit(ForwardBackward(run, named, batches, objective, backward, everywhere))
 
     def plan(self, documents: Sequence[Document]) -> list[list[int]]:
         """The micro-batches of these documents, as indices; see `planning.plan`."""
@@ -351,7 +352,10 @@ def _batch(taken: Taken) -> MicroBatch:
     command = taken.queued.command
     assert isinstance(command, ForwardBackward)
     documents = [command.documents[i] for i in command.micro_batches[taken.number]]
-    return MicroBatch(command.run, documents, command.objective, command.backward, (taken.number,))
+    return MicroBatch(
+        command.run, documents, command.objective, command.backward, (taken.number,),
+        everywhere=command.everywhere,
+    )  # fmt: skip
 
 
 def _record(taken: Taken, result: Result) -> None:

@@ -161,6 +161,12 @@ class Executor:
         self.views[command.view] = View(built)
         return built
 
+    def save_view(self, command: commands.SaveView) -> str:
+        built = self.view(command.view).built
+        return command.store.save(
+            command.place, lambda folder: checkpoint.write(folder, built, None, {}), overwrite=True
+        )
+
     def drop_view(self, command: commands.DropView) -> None:
         view = self.views.get(command.view)
         if view is not None:
@@ -209,6 +215,7 @@ class Executor:
                 one.place,
                 one.inputs,
                 one.behind,
+                one.everywhere,
             )
             for one in command.row
         ]
@@ -376,6 +383,7 @@ _HANDLERS: dict[type, Callable[[Executor, Any], Any]] = {
     commands.OptimStep: Executor.optim_step,
     commands.TakeView: Executor.take_view,
     commands.CreateView: Executor.create_view,
+    commands.SaveView: Executor.save_view,
     commands.DropView: Executor.drop_view,
     commands.CancelSample: Executor.cancel_sample,
     commands.Gather: Executor.gather,

@@ -142,6 +142,7 @@ class Run:
             if new is not None:
                 self.gradients[number] = new if before is None else before.add_(new)
         self.pending_weight += self._weight
+        self._begun = 0  # an `abandon` that comes from elsewhere takes nothing of it back
 
     def abandon(self, reason: str) -> None:
         """Where a forward_backward failed: nothing of it stays."""

@@ -27,7 +27,13 @@ from plait.trainer.ranks.children import Child, Start, packed, threads_each
 from plait.trainer.ranks.group import ALONE, Group, OutOfStepError, Ranks, Seat, refuse_others
 from plait.trainer.ranks.sharding import shard_layers
 
-_ONE_RANK = (commands.CreateView, commands.TakeView, commands.DropView, commands.CancelSample)
+_ONE_RANK = (
+    commands.CreateView,
+    commands.TakeView,
+    commands.SaveView,
+    commands.DropView,
+    commands.CancelSample,
+)
 """Commands that other ranks need not do, or do in part."""
 
 _ATTEMPTS = 3

@@ -334,7 +334,8 @@ class Sampler:
         """Each sample's token and its logprob, or why it has none: where memory does not suffice
         for all of them, and where one is at fault, they are chosen in halves."""
         try:
-            logits = self.backbone.logits(torch.stack([hidden for *_, hidden in some]))
+            adapters = [job.request.model.adapter for job, *_ in some]
+            logits = self.backbone.logits(torch.stack([hidden for *_, hidden in some]), adapters)
             settings = [job.request.settings for job, *_ in some]
             return list(zip(*choose(logits, settings, turns, some[0][0].banned), strict=True))
         except Exception as error:

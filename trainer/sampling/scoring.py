@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plait.kernels.token_logprobs import token_logprobs
 from plait.trainer.sampling.requests import PromptScores, Request
 
 
@@ -24,13 +23,9 @@ def score_prompt(request: Request, scores: PromptScores, start: int, hidden: Ten
     for span in prompt.spans:
         is_text[span.start : span.stop] = False
     (places,) = np.nonzero(is_text[start + 1 : start + 1 + len(hidden)])
-    backbone = request.model.backbone
-    weight = backbone.output_weight
-    scored = token_logprobs(
-        hidden[torch.from_numpy(places).to(hidden.device)].to(weight.dtype),
-        weight,
+    scored = request.model.scored(
+        hidden[torch.from_numpy(places).to(hidden.device)],
         torch.from_numpy(following[places]).to(hidden.device),
-        softcap=backbone.softcap,
         top_k=request.top_prompt_logprobs,
     )
     found = dict(zip(places.tolist(), scored.logprobs.tolist(), strict=True))

@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from plait.datasets.fetch.folders import home
 from plait.datasets.headers import header_of
 from plait.datasets.records.base import LeftOut
 from plait.datasets.records.shards.archive import Archive, Entry, Member
 from plait.errors import ConfigError, DataError, Origin
+from plait.home import home
 from plait.modalities import Limits, MediaHeader
 
 FORMAT = "plait shard 1"

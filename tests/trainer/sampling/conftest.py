@@ -66,7 +66,7 @@ class WholeBackbone:
             x = (x + _seen(held.flatten(), rows.visible)) % MODULUS
         return x[:, None]
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, _: Any = ()) -> Tensor:
         odd = 2 * torch.arange(VOCABULARY, dtype=torch.float64) + 1
         return (hidden * odd * 48_271 % 997 / 120).float()
 
