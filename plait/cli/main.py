@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from plait.cli import data, models, runs
+from plait.cli import data, models, runs, serving
 from plait.errors import Interrupted, PlaitError
 
 ABOUT = "Fine-tune models that read text, pictures, sound and film, on your own machine."
@@ -27,6 +27,9 @@ your own pictures, with a .txt beside each or a captions.csv:
 
   plait lint my-folder               every row's problems, without training
   plait convert my-folder shards     the same rows as WebDataset shards
+
+a server, for this client, the tinker client and OpenAI's API:
+  plait serve --model configs/stamps.yaml
 
 other media: plait fetch speech, sounds, films or plaited, and the recipe of that name
 """
@@ -78,6 +81,6 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (data, runs, models):
+    for group in (data, runs, models, serving):
         group.add_commands(commands)
     return parser

@@ -81,7 +81,7 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _export(words: argparse.Namespace) -> None:
-    from plait.datasets.fetch import home
+    from plait.home import home
     from plait.trainer.export import export
     from plait.trainer.source import Source
     from plait.trainer.store import Store

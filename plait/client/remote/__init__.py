@@ -1,0 +1,1 @@
+"""The same clients, over HTTP."""

@@ -1,0 +1,95 @@
+"""The models that a server offers, by the names that clients say."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from plait.errors import ConfigError, UnknownNameError
+from plait.ranges import check_number
+from plait.service.errors import ServiceError
+from plait.trainer.spec import LoraSpec, ModelSpec, lora_targets
+from plait.trainer.strict import spec_from
+
+_LORA = {"rank", "seed", "train_unembed", "train_mlp", "train_attn"}
+_MORE = {"alpha", "dropout", "train"}
+"""What Plait's own client may say besides."""
+
+
+def spec_of_argument(argument: str) -> tuple[str, ModelSpec]:
+    """What `--model` names: `[NAME=]WHAT`, a recipe's file, a folder, a hub id or a pip package.
+
+    Raises:
+        ConfigError: it is no model.
+    """
+    name, _, what = argument.rpartition("=")
+    if what.endswith((".yaml", ".yml")):
+        path = Path(what)
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+            raise ConfigError(f"{path} is no recipe: it has no section model")
+        return name or path.stem, spec_from(values["model"])
+    short = Path(what).name if Path(what).exists() else what
+    return name or short, ModelSpec(language=what, train=("language", "projector"))
+
+
+def offered(models: Mapping[str, ModelSpec], name: str) -> ModelSpec:
+    """
+    Raises:
+        ServiceError: this server has no such model.
+    """
+    if name not in models:
+        raise ServiceError(str(UnknownNameError("model of this server", name, models)), 404)
+    return models[name]
+
+
+def training_spec(base: ModelSpec, lora: Any, run: str = "") -> tuple[ModelSpec, int]:
+    """The model that a `lora_config` asks for, and its seed; where it says none, one of the run's
+    own, which is the same when the request is sent again.
+
+    Raises:
+        ServiceError: something of it is unknown, or cannot be.
+    """
+    if lora is None:
+        return replace(base, lora=None), 0
+    if not isinstance(lora, dict):
+        raise ServiceError("lora_config is an object", 422)
+    unknown = sorted(set(lora) - _LORA - _MORE)
+    if unknown:
+        raise ServiceError(f"lora_config has no {unknown[0]!r}", 422)
+    try:
+        check_number("lora_config.rank", lora.get("rank", 32), "[1, 1024]", whole=True)
+        seed = lora.get("seed")
+        if seed is not None:
+            check_number("lora_config.seed", seed, "[0, 9223372036854775808)", whole=True)
+        spec = LoraSpec(
+            rank=lora.get("rank", 32),
+            alpha=lora.get("alpha", 32.0),
+            dropout=lora.get("dropout", 0.0),
+            targets=lora_targets(
+                lora.get("train_attn", True),
+                lora.get("train_mlp", True),
+                lora.get("train_unembed", True),
+            ),
+        )
+        train = tuple(lora.get("train") or base.train)
+        return replace(base, lora=spec, train=train), _seed_of(run) if seed is None else seed
+    except (ConfigError, TypeError) as error:
+        raise ServiceError(f"lora_config: {error}", 422) from error
+
+
+def _seed_of(run: str) -> int:
+    return int.from_bytes(hashlib.sha256(run.encode()).digest()[:6], "little")
+
+
+def spec_values(spec: ModelSpec) -> dict[str, Any]:
+    """As JSON, which `spec_from` reads."""
+    return asdict(spec)
+
+
+def sampling_spec(base: ModelSpec) -> ModelSpec:
+    """The base model as it is, which only samples."""
+    return replace(base, lora=None, train=("projector",))

@@ -1,0 +1,132 @@
+"""What an operator sets."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from plait.errors import ConfigError, UnknownNameError
+from plait.ranges import check_number
+from plait.trainer.spec import ModelSpec
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quotas:
+    """What one owner may have and ask for at once."""
+
+    requests_per_minute: int | None = None
+    """Operations of an owner a minute; what is over waits, as `paused_rate_limit`."""
+
+    waiting: int = 10_000
+    """Operations of an owner that wait for the engine; another one is answered 429."""
+
+    waiting_bytes: int = 2_000_000_000
+    """Bytes of them."""
+
+    runs: int = 1_000
+    """Runs of an owner that are not archived."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceSettings:
+    """One server.
+
+    Args:
+        models: What may be trained and sampled, by the name that clients say.
+        data_dir: Checkpoints, payloads, uploads, and the database if none is named.
+    """
+
+    models: Mapping[str, ModelSpec]
+    data_dir: Path
+    database: str | None = None
+    """A SQLAlchemy URL; SQLite in `data_dir` by default."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
+    quotas: Quotas = field(default_factory=Quotas)
+
+    body_bytes: int = 256_000_000
+    """Of one request, before and after it is decompressed."""
+
+    media_bytes: int = 1_000_000_000
+    """Of one uploaded file."""
+
+    allowed_hosts: tuple[str, ...] = ()
+    """Hosts from which `image_url` and the like may be fetched; none by default."""
+
+    hold_seconds: float = 30.0
+    """How long a request for a result is held before it is answered 408."""
+
+    gap_seconds: float = 60.0
+    """How long operations wait for one of a smaller number that has not come."""
+
+    retention_seconds: float = 86_400.0
+    """How long a result that was delivered is kept; others are kept `undelivered_seconds`."""
+
+    undelivered_seconds: float = 7 * 86_400.0
+
+    session_seconds: float = 3_600.0
+    """A run that nobody used for so long leaves memory; its next request brings it back."""
+
+    recovery_seconds: float = 30.0
+    """Computing that may have to be repeated after a crash, of each run."""
+
+    engine_capacity: int = 4096
+    """Positions of a micro-batch."""
+
+    sampler_memory_mb: int = 1024
+    devices: int = 1
+    threads: int | None = None
+    """Of torch in the engine; as many as the machine has by default."""
+
+    jwt_secret: str | None = field(default=None, repr=False)
+    """Accept JSON web tokens that are signed with it (HS256)."""
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ConfigError("a server needs a model; name one: plait serve --model NAME")
+        for name in ("body_bytes", "media_bytes", "engine_capacity", "sampler_memory_mb"):
+            check_number(name, getattr(self, name), "[1, inf)", whole=True)
+        for name in ("hold_seconds", "gap_seconds", "recovery_seconds", "session_seconds"):
+            check_number(name, getattr(self, name), "(0, inf)")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("TLS needs both a certificate and its key: --tls-cert and --tls-key")
+
+    @property
+    def database_url(self) -> str:
+        return self.database or f"sqlite:///{self.data_dir / 'plait.db'}"
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return self.host in LOOPBACK
+
+
+_NUMBERS = {
+    field.name: float if "float" in str(field.type) else int
+    for field in fields(ServiceSettings)
+    if str(field.type) in ("int", "float", "<class 'int'>", "<class 'float'>")
+}
+
+
+def overridden(settings: ServiceSettings, words: Sequence[str]) -> ServiceSettings:
+    """The settings with `NAME=NUMBER` changed.
+
+    Raises:
+        ConfigError: a name is unknown, or a number is none.
+    """
+    changed: dict[str, float] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if name not in _NUMBERS:
+            raise UnknownNameError("setting of the server", name, _NUMBERS)
+        try:
+            changed[name] = _NUMBERS[name](text)
+        except ValueError:
+            raise ConfigError(f"{name} is a number; it is {text!r}") from None
+        del equals
+    return replace(settings, **changed)  # type: ignore[arg-type]

@@ -1,0 +1,43 @@
+"""What nobody will ask for any more."""
+
+from typing import Any
+
+from sqlalchemy import Connection, select, update
+
+from plait.service.database.database import Database
+from plait.service.database.tables import samplers, sessions
+from plait.service.engine.host import EngineHost
+
+_TOGETHER = 100
+
+
+async def close_forgotten(database: Database, host: EngineHost, before: float) -> int:
+    """Close samplers whose session was seen last before that time, and remove the weights that were
+    kept of samplers that are closed; how many.
+
+    Raises:
+        UnavailableError: the database or the engine is away; it is tried again.
+    """
+    s = samplers.c
+    forgotten = select(sessions.c.id).where(sessions.c.seen_at < before)
+
+    def close(connection: Connection) -> list[Any]:
+        connection.execute(
+            update(samplers)
+            .where(s.closed_at.is_(None) & s.session_id.in_(forgotten))
+            .values(closed_at=before)
+        )
+        kept = select(s.id, s.kept_path).where(s.closed_at.is_not(None) & s.kept_path.is_not(None))
+        return list(connection.execute(kept.limit(_TOGETHER)).all())
+
+    rows = await database.write(close)
+    if not rows:
+        return 0
+    await host.call({"do": "forget", "scope": "sweep", "paths": [row.kept_path for row in rows]})
+    names = [row.id for row in rows]
+    await database.write(
+        lambda connection: connection.execute(
+            update(samplers).where(s.id.in_(names)).values(kept_path=None)
+        )
+    )
+    return len(rows)

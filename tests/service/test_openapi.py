@@ -1,0 +1,33 @@
+"""Requests made up from the server's own description: none of them makes it fail."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = 12
+SECONDS = 40
+LEFT_OUT = "^/api/v1/(sessions/[{]_[}]/.*|forward_backward)$"
+"""Paths that are refused whatever they hold, and the one whose bodies are protobuf."""
+
+
+def test_no_described_request_fails(new_server: Callable[..., Any], tmp_path: Path) -> None:
+    """Schemathesis, in a process of its own."""
+    server = new_server("--set", "hold_seconds=0.2", "--set", "gap_seconds=0.5").start()
+    command = [
+        Path(sys.executable).with_name("schemathesis"), "run", f"{server.url}/openapi.json",
+        "--checks", "not_a_server_error", "--max-examples", str(EXAMPLES), "--seed", "1",
+        "--phases", "examples,coverage,fuzzing", "--generation-deterministic",
+        "--exclude-path-regex", LEFT_OUT, "--request-timeout", "20", "--no-color",
+        "--max-time", str(SECONDS), "--suppress-health-check", "all",
+    ]  # fmt: skip
+    environment = {**os.environ, "NO_PROXY": "*"}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
+        timeout=10 * SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[:6000] + done.stdout[-3000:] + done.stderr[-2000:]
+    assert server.get("/readyz").is_success
+    assert "unforeseen_error" not in server.log.read_text()
