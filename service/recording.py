@@ -7,7 +7,7 @@ import structlog
 
 from plait.service.effects import outcome_of, together, written_with
 from plait.service.engine.frames import Header
-from plait.service.engine.host import EngineDiedError, TokenListener
+from plait.service.engine.host import EngineDiedError
 from plait.service.errors import ServiceError
 from plait.service.keeping import Keeper, quietly
 from plait.service.operations import Also, JobLog, Operation, Outcome
@@ -31,19 +31,21 @@ class Recorder:
         self.waiting_of: dict[str, int] = {}
         """How many of them each owner has."""
 
-        self.listeners: dict[str, TokenListener] = {}
+        self.bytes_of: dict[str, int] = {}
+        """How many bytes they are."""
+
         self.suspects: set[str] = set()
         """Operations during which the engine ended: each is tried alone."""
 
         self.ended: Callable[[Operation], None] = lambda _: None
         """Is told of each operation that is done."""
 
-    def begin(self, operation: Operation, listener: TokenListener | None) -> None:
+    def begin(self, operation: Operation) -> None:
         """It is not done from now on, until it is ended."""
         self.live[operation.id] = operation
-        self.waiting_of[operation.owner] = self.waiting_of.get(operation.owner, 0) + 1
-        if listener is not None:
-            self.listeners[operation.id] = listener
+        owner = operation.owner
+        self.waiting_of[owner] = self.waiting_of.get(owner, 0) + 1
+        self.bytes_of[owner] = self.bytes_of.get(owner, 0) + operation.size
 
     async def given_up(self, operation: Operation, alone: bool) -> bool:
         """The engine ended: whether that was once too often."""
@@ -101,13 +103,13 @@ class Recorder:
                 f"the server could not keep the result ({type(error).__name__})", 500, "server"
             ))  # fmt: skip
             await self._retrying(lambda: self._log.finish(operation, lost, self._clock()))
-        self.listeners.pop(operation.id, None)
         self.suspects.discard(operation.id)
         if self.live.pop(operation.id, None) is not None:
-            left = self.waiting_of[operation.owner] - 1
-            self.waiting_of[operation.owner] = left
-            if not left:
-                del self.waiting_of[operation.owner]
+            owner = operation.owner
+            self.waiting_of[owner] -= 1
+            self.bytes_of[owner] -= operation.size
+            if not self.waiting_of[owner]:
+                del self.waiting_of[owner], self.bytes_of[owner]
         self.ended(operation)
 
     async def _retrying(self, work: Callable[[], Awaitable[None]]) -> None:

@@ -101,9 +101,7 @@ class Runner:
 
     # What comes in
 
-    async def take_up(
-        self, operation: Operation, new: bool, listener: TokenListener | None = None
-    ) -> Operation:
+    async def take_up(self, operation: Operation, new: bool) -> Operation:
         """Bring an accepted operation on its way, once; it, as this process knows it.
 
         Raises:
@@ -115,16 +113,14 @@ class Runner:
         if not new and operation.id not in self.live:  # it may have ended since it was read
             operation = await self.log.by_id(operation.id) or operation
         if operation.id not in self.live:
-            self.put(scope, operation, listener)
+            self.put(scope, operation)
         return self.live.get(operation.id, operation)
 
-    def put(
-        self, scope: Scope, operation: Operation, listener: TokenListener | None = None
-    ) -> None:
+    def put(self, scope: Scope, operation: Operation) -> None:
         """Bring an operation on its way that is not under way."""
         if operation.id in self.live or operation.state != "queued":
             return
-        self.recorder.begin(operation, listener)
+        self.recorder.begin(operation)
         scope.used_at = self._clock()
         if scope.is_run and operation.seq < scope.next:
             self._start(self.recorder.fail(operation, ServiceError(
@@ -263,7 +259,7 @@ class Runner:
             return None
         scope.take(operation)
         header = message_of(scope, operation, {**operation.options, "do": operation.kind})
-        reply = self.host.send(header, body, self.recorder.listeners.get(operation.id))
+        reply = self.host.send(header, body)
         recorded: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         sent = _Sent(operation, reply, self.host.life, alone, scope.before, recorded)
         if scope.is_run:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import structlog
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from plait.service import catalog
@@ -18,7 +18,7 @@ from plait.service.database.migrate import migrate
 from plait.service.database.payloads import Payloads
 from plait.service.database.tables import checkpoints, losses, runs, samplers
 from plait.service.downloads import Downloads
-from plait.service.engine.host import EngineHost, TokenListener
+from plait.service.engine.host import EngineHost
 from plait.service.errors import BusyError, NotFoundError, ServiceError
 from plait.service.fetching import Fetcher
 from plait.service.finished import Completions
@@ -138,7 +138,6 @@ class Service:
         body: bytes = b"",
         *,
         also: Also | None = None,
-        listener: TokenListener | None = None,
     ) -> Operation:
         """Promise an operation, and send it on its way.
 
@@ -148,15 +147,28 @@ class Service:
         """
         if self.draining:
             raise BusyError("the server is being stopped; try again in a moment")
-        if self.runner.waiting_of.get(caller.owner, 0) >= self.settings.quotas.waiting:
-            raise BusyError(
-                f"{self.settings.quotas.waiting} requests wait already; try again later"
-            )
+        self._check_waiting(caller.owner)
         now = self.clock()
         operation, new = await self.log.accept(
             caller.owner, scope_name, seq, kind, options, body, now, also
         )
-        return await self.runner.take_up(operation, new, listener)
+        return await self.runner.take_up(operation, new)
+
+    def _check_waiting(self, owner: str) -> None:
+        quotas, recorder = self.settings.quotas, self.runner.recorder
+        if recorder.waiting_of.get(owner, 0) >= quotas.waiting:
+            raise BusyError(f"{quotas.waiting} requests wait already; try again later")
+        if recorder.bytes_of.get(owner, 0) >= quotas.waiting_bytes:
+            raise BusyError(f"{quotas.waiting_bytes} bytes wait already; try again later")
+
+    async def _check_runs(self, owner: str) -> None:
+        most = self.settings.quotas.runs
+        mine = select(func.count(runs.c.id)).where(runs.c.owner == owner)
+        count = await self.database.read(lambda connection: connection.execute(mine).scalar_one())
+        if count >= most:
+            raise ServiceError(
+                f"an owner has up to {most} runs here; ask the operator for more", 422
+            )
 
     async def refuse(self, scope_name: str, seq: int) -> None:
         """A number was answered with an error: nothing will come under it."""
@@ -248,7 +260,11 @@ class Service:
         options: dict[str, Any],
         metadata: dict[str, Any],
     ) -> Operation:
-        """Promise a run `<session>:train:<number>`; its first operation makes it."""
+        """Promise a run `<session>:train:<number>`; its first operation makes it.
+
+        Raises:
+            ServiceError: this owner has as many runs as may be.
+        """
         name, now = f"{session}:train:{number}", self.clock()
         values = {
             "id": name, "session_id": session, "owner": caller.owner, "base_model": base_model,
@@ -256,6 +272,8 @@ class Service:
             "metadata_json": json.dumps(metadata), "created_at": now, "used_at": now,
             "next_seq": 0, "kept_seq": -1,
         }  # fmt: skip
+        if await self.runner.scope(name) is None:  # not one that is asked for again
+            await self._check_runs(caller.owner)
         return await self.submit(
             caller, name, 0, "create", options,
             also=lambda connection: connection.execute(insert(runs).values(**values)),

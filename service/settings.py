@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from plait.errors import ConfigError, UnknownNameError
 from plait.ranges import check_number
@@ -22,10 +23,16 @@ class Quotas:
     """Operations of an owner that wait for the engine; another one is answered 429."""
 
     waiting_bytes: int = 2_000_000_000
-    """Bytes of them."""
+    """Bytes of their bodies from which on another one is answered 429."""
 
-    runs: int = 1_000
-    """Runs of an owner that are not archived."""
+    runs: int = 10_000
+    """Runs of an owner, those that are not in memory too."""
+
+    def __post_init__(self) -> None:
+        for name in ("waiting", "waiting_bytes", "runs"):
+            check_number(name, getattr(self, name), "[1, inf)", whole=True)
+        if self.requests_per_minute is not None:
+            check_number("requests_per_minute", self.requests_per_minute, "[1, inf)", whole=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,27 +113,36 @@ class ServiceSettings:
         return self.host in LOOPBACK
 
 
-_NUMBERS = {
-    field.name: float if "float" in str(field.type) else int
-    for field in fields(ServiceSettings)
-    if str(field.type) in ("int", "float", "<class 'int'>", "<class 'float'>")
-}
+def _numbers(settings: type[ServiceSettings | Quotas], prefix: str = "") -> dict[str, type]:
+    return {
+        prefix + field.name: field.type
+        for field in fields(settings)
+        if field.type in (int, float) and isinstance(field.type, type)
+    }
+
+
+_QUOTAS = "quotas."
+_NUMBERS = _numbers(ServiceSettings) | _numbers(Quotas, _QUOTAS)
 
 
 def overridden(settings: ServiceSettings, words: Sequence[str]) -> ServiceSettings:
-    """The settings with `NAME=NUMBER` changed.
+    """The settings with `NAME=NUMBER` changed, `quotas.NAME=NUMBER` for one of `Quotas`.
 
     Raises:
         ConfigError: a name is unknown, or a number is none.
     """
-    changed: dict[str, float] = {}
+    changed: dict[str, Any] = {}
+    quotas: dict[str, Any] = {}
     for word in words:
-        name, equals, text = word.partition("=")
+        name, _, text = word.partition("=")
         if name not in _NUMBERS:
             raise UnknownNameError("setting of the server", name, _NUMBERS)
         try:
-            changed[name] = _NUMBERS[name](text)
+            number = _NUMBERS[name](text)
         except ValueError:
             raise ConfigError(f"{name} is a number; it is {text!r}") from None
-        del equals
-    return replace(settings, **changed)  # type: ignore[arg-type]
+        if name.startswith(_QUOTAS):
+            quotas[name.removeprefix(_QUOTAS)] = number
+        else:
+            changed[name] = number
+    return replace(settings, **changed, quotas=replace(settings.quotas, **quotas))

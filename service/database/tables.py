@@ -57,7 +57,6 @@ runs = Table(
     Column("used_at", Float, nullable=False),
     Column("next_seq", BigInteger, nullable=False, default=0),
     Column("kept_seq", BigInteger, nullable=False, default=-1),
-    Column("archived_at", Float),
 )
 """`next_seq`: all operations below it are done. `kept_seq`: the state after this one is on the
 disk, so that later ones alone are repeated after a crash; -1 is none."""

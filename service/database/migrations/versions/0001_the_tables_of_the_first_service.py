@@ -139,7 +139,6 @@ def upgrade() -> None:
         sa.Column("used_at", sa.Float(), nullable=False),
         sa.Column("next_seq", sa.BigInteger(), nullable=False),
         sa.Column("kept_seq", sa.BigInteger(), nullable=False),
-        sa.Column("archived_at", sa.Float(), nullable=True),
         sa.ForeignKeyConstraint(
             ["session_id"],
             ["sessions.id"],
