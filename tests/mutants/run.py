@@ -2,10 +2,11 @@
 
     python tests/mutants/run.py [WORD ...]
 
-`list.toml` holds the breaks. Each is applied to a copy of the tree, where the tests it names must
-fail; on the unbroken copy they must pass. With words, only breaks whose file or tests contain one
-are run. Exits with 1 when a break survives, its old text is not found exactly once, or a test is
-red without a break. A break that needs a library which is not installed is left out, and said.
+`breaks/` holds them, a file for each room. Each is applied to a copy of the tree, where the tests
+it names must fail; on the unbroken copy they must pass. With words, only breaks whose file or tests
+contain one are run. Exits with 1 when a break survives, its old text is not found exactly once, or
+a test is red without a break. A break that needs a library which is not installed is left out, and
+said.
 """
 
 import os
@@ -20,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LIST = Path(__file__).with_name("list.toml")
+BREAKS = Path(__file__).with_name("breaks")
 SECONDS = 600
 """A break may make a test hang; that counts as red."""
 
@@ -48,7 +49,11 @@ class Mutant:
 
 
 def load(words: list[str]) -> list[Mutant]:
-    entries = tomllib.loads(LIST.read_text(encoding="utf-8"))["mutant"]
+    entries = [
+        entry
+        for file in sorted(BREAKS.rglob("*.toml"))
+        for entry in tomllib.loads(file.read_text(encoding="utf-8"))["mutant"]
+    ]
     mutants = [Mutant(**{**entry, "tests": tuple(entry["tests"])}) for entry in entries]
     for name in sorted({m.needs for m in mutants if m.needs and find_spec(m.needs) is None}):
         print(f"{name} is not installed: {sum(m.needs == name for m in mutants)} breaks left out")
