@@ -5,9 +5,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-Name = Annotated[str, Field(min_length=1, max_length=200)]
-Id = Annotated[str, Field(min_length=1, max_length=160)]
-Path = Annotated[str, Field(min_length=1, max_length=800)]
+from plait.service.wire.sampling import MOST_TOP
+
+
+def _printable(text: str) -> str:
+    """What every database takes: PostgreSQL keeps no zero characters."""
+    if not text.isprintable():
+        raise ValueError(f"it has characters that cannot be printed: {ascii(text)[:80]}")
+    return text
+
+
+Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
+Id = Annotated[str, Field(min_length=1, max_length=160), AfterValidator(_printable)]
+Path = Annotated[str, Field(min_length=1, max_length=800), AfterValidator(_printable)]
 Seq = Annotated[int, Field(ge=0, lt=2**62)]
 Ttl = Annotated[float, Field(gt=0, le=10 * 366 * 86_400)]
 Metadata = dict[str, str]
@@ -207,6 +217,58 @@ class CreateSampler(Body):
     base_model: Name | None = None
     model_path: Path | None = None
     type: Literal["create_sampling_session"] = "create_sampling_session"
+
+
+class SamplingParams(Body):
+    """How to draw; what is left out is as the Tinker API has it."""
+
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | list[int] | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+
+Chunk = Annotated[
+    dict[str, Any],
+    Field(
+        description=(
+            "By its `type`: encoded_text with `tokens`; image, audio or video with `data` (base64) "
+            "or the `sha256` of an upload, and `options`; dmel with `dmel` (base64)"
+        ),
+        examples=[{"type": "encoded_text", "tokens": [1, 2]}],
+    ),
+]
+
+
+class Prompt(Body):
+    """What is continued."""
+
+    chunks: list[Chunk]
+
+
+class Sample(Body):
+    """A prompt to be continued. Each chunk is looked at when its turn comes."""
+
+    sampling_session_id: Id
+    seq_id: Seq
+    prompt: Prompt
+    num_samples: Annotated[int, Field(ge=1, le=1024)] = 1
+    sampling_params: SamplingParams = SamplingParams()
+    prompt_logprobs: bool | None = None
+    topk_prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] = 0
+    prompt_logprobs_last_n: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    base_model: Name | None = None
+    """As all below: fields of the Tinker API that are refused where they say anything."""
+
+    model_path: Path | None = None
+    topk_sample_logprobs: int = 0
+    target_prompt_logprobs: Facts | None = None
+    prompt_alt_tokens_k: int = 0
+    record_stability_info: bool | None = None
+    type: Literal["asample"] = "asample"
 
 
 class JoinSampler(Body):

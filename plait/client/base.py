@@ -3,11 +3,9 @@
 from typing import Any, Self
 
 from plait.client.futures import AsyncNames, Ready
-from plait.errors import ConfigError
 from plait.modalities import Part
-from plait.primitives.inputs import input_from
-from plait.stream import Message, Sample, render
-from plait.stream.samples import as_part
+from plait.primitives.inputs import input_from, question
+from plait.stream import Message, render
 from plait.trainer.build import Built
 from plait.trainer.engine.controller import Engine
 from plait.types import ModelInput
@@ -25,13 +23,8 @@ class Client(AsyncNames, Ready):
 
     def prompt(self, *content: Part | Message | str) -> ModelInput:
         """The input that asks for an assistant's answer to a user's parts, or to messages."""
-        messages = tuple(part for part in content if isinstance(part, Message))
-        parts = tuple(as_part(part) for part in content if not isinstance(part, Message))
-        if messages and parts:
-            raise ConfigError("a prompt is made of messages or of one user's parts, not of both")
-        sample = Sample(messages=messages or (Message("user", parts),))
-        document = render(sample, self._built.tokenizer, self._built.layout, for_generation=True)
-        return input_from(document)
+        tokenizer, layout = self._built.tokenizer, self._built.layout
+        return input_from(render(question(content), tokenizer, layout, for_generation=True))
 
     def close(self) -> None:
         """Give up what only this client uses, as the end of a `with` block does.

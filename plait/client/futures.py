@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from typing import Any, Generic, Self, TypeVar
 
 Value = TypeVar("Value")
+Other = TypeVar("Other")
 
 
 class APIFuture(Generic[Value]):
@@ -27,6 +28,10 @@ class APIFuture(Generic[Value]):
         """
         value: Value = self._convert(self._future.result(timeout))
         return value
+
+    def then(self, convert: Callable[[Value], Other]) -> "APIFuture[Other]":
+        """The same, with its result converted; `convert` runs where the result is asked for."""
+        return APIFuture(self._future, lambda raw: convert(self._convert(raw)), self._cancel)
 
     def done(self) -> bool:
         """Whether `result` would not wait."""

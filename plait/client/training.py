@@ -8,12 +8,12 @@ from dataclasses import asdict
 from typing import Any
 
 from plait.client.base import Client
+from plait.client.custom import CustomLosses
 from plait.client.futures import APIFuture
 from plait.client.sampling import SamplingClient
 from plait.errors import ConfigError, ModelError
-from plait.primitives.custom import LossOfLogprobs, unweighted, weighted_data
 from plait.primitives.documents import documents_of
-from plait.primitives.inputs import check_data, check_plain, input_from
+from plait.primitives.inputs import check_plain, input_from
 from plait.primitives.objectives import objective_of
 from plait.primitives.training import forward_backward_output
 from plait.stream import Sample, render
@@ -42,7 +42,7 @@ LossFn = str | Loss | Callable[[LossBatch], Any]
 """A loss by name, one of one's own, or just its function."""
 
 
-class TrainingClient(Client):
+class TrainingClient(CustomLosses, Client):
     """Trains one model through primitives. Losses are SUMS over tokens and datums.
 
     Args:
@@ -107,30 +107,6 @@ class TrainingClient(Client):
             DataError: a datum cannot be used.
         """
         return self._compute(data, objective_of(loss_fn, loss_fn_config), backward=True)
-
-    def forward_backward_custom(
-        self, data: Sequence[Datum], loss_fn: LossOfLogprobs
-    ) -> APIFuture[ForwardBackwardOutput]:
-        """Add the gradient of a function of all data's logprobs, which may compare them.
-
-        It waits for a forward pass, calls `loss_fn(data, logprobs)` here with tensors that have
-        gradients, and queues a cross entropy whose weights are the loss's negative derivatives.
-        What is submitted meanwhile from another thread may come between the two.
-
-        Args:
-            loss_fn: Returns the loss, a scalar tensor, and metrics by name.
-        """
-        data = check_data(data)
-        output = self.forward(unweighted(data)).result()
-        logprobs = [row["logprobs"].to_torch() for row in output.loss_fn_outputs]
-        weighted, metrics = weighted_data(data, logprobs, loss_fn)
-        future = self.forward_backward(weighted)
-
-        def told(results: list[commands.DocumentResult]) -> ForwardBackwardOutput:
-            made = forward_backward_output(results)
-            return ForwardBackwardOutput(made.loss_fn_outputs, made.metrics | metrics)
-
-        return APIFuture(future._future, told)
 
     def _compute(
         self, data: Sequence[Datum], objective: Objective, backward: bool

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from plait.errors import ConfigError, DataError
-from plait.modalities import Audio, Image, Limits, Video
-from plait.stream import Document, Sample
+from plait.modalities import Audio, Image, Limits, Part, Video
+from plait.stream import Document, Message, Sample
+from plait.stream.samples import as_part
 from plait.trainer.engine.inputs import Media, Piece, pieces_of
 from plait.types import (
     FORMATS,
@@ -18,6 +19,21 @@ from plait.types import (
     ModelInput,
     VideoChunk,
 )
+
+
+def question(content: Iterable[Part | Message | str]) -> Sample:
+    """What a prompt says: one user's texts and media, or messages.
+
+    Raises:
+        ConfigError: it is made of both.
+        DataError: something of it is neither.
+    """
+    given = list(content)
+    messages = tuple(one for one in given if isinstance(one, Message))
+    parts = tuple(as_part(one) for one in given if not isinstance(one, Message))
+    if messages and parts:
+        raise ConfigError("a prompt is made of messages or of one user's parts, not of both")
+    return Sample(messages=messages or (Message("user", parts),))
 
 
 def piece_of(chunk: Chunk) -> Piece:

@@ -37,7 +37,7 @@ async def _use_up(request: Request, body: Any) -> None:
     run, seq = said.get("model_id"), said.get("seq_id")
     if caller is None or not isinstance(run, str) or type(seq) is not int or not 0 <= seq < 2**62:
         return
-    if not run.isprintable():  # half of a character, which no database takes
+    if not run.isprintable():  # no database takes it
         return
     service: Service = request.app.state.service
     try:

@@ -9,10 +9,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 
+from plait.service import bodies
 from plait.service.engine.frames import Header
 from plait.service.errors import ServiceError
 from plait.service.routes.context import READS, Asking, Serving
-from plait.service.routes.sampling import checked, seed_of
+from plait.service.routes.sampling import check, seed_of
 from plait.service.scopes import owner_folder
 
 router = APIRouter(prefix="/api/v1", tags=["plait"])
@@ -80,30 +81,22 @@ async def tokenizer(model: str, caller: Asking, service: Serving) -> Response:
     return Response(tar, media_type="application/x-tar")
 
 
-@router.post(
-    "/stream",
-    openapi_extra={
-        **READS,
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": {"type": "object"}}},
-        },
-    },
-)
-async def stream(request: Request, caller: Asking, service: Serving) -> StreamingResponse:
+@router.post("/stream", openapi_extra=READS)
+async def stream(
+    body: bodies.Sample, request: Request, caller: Asking, service: Serving
+) -> StreamingResponse:
     """As asample, but tokens come as lines of JSON while they are drawn, and are kept nowhere."""
-    body = await request.body()
-    given = checked(body)
-    sampler: str = given["sampling_session_id"]
+    check(body)
+    sampler, seq = body.sampling_session_id, body.seq_id
     await service.owned(caller, sampler, "sampling session")
     await service.talks.engine_up()
     header = {
-        "do": "sample", "seed": seed_of(sampler, given["seq_id"]), "stream": True,
-        "operation": f"stream:{sampler}:{given['seq_id']}",
+        "do": "sample", "seed": seed_of(sampler, seq), "stream": True,
+        "operation": f"stream:{sampler}:{seq}",
         "owner_key": owner_folder(caller.owner),
     }  # fmt: skip
     return StreamingResponse(
-        _lines(service, sampler, header, body), media_type="application/x-ndjson"
+        _lines(service, sampler, header, await request.body()), media_type="application/x-ndjson"
     )
 
 

@@ -1,12 +1,10 @@
 """Samplers, and samples."""
 
 import hashlib
-import json
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from plait.errors import PlaitError
 from plait.service import bodies
 from plait.service.errors import ServiceError
 from plait.service.routes.context import Asking, Serving
@@ -64,34 +62,20 @@ async def sampler(sampler_id: str, caller: Asking, service: Serving) -> dict[str
     return {"sampler_id": row.id, "base_model": row.base_model, "model_path": row.model_path}
 
 
-@router.post(
-    "/asample",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": {"type": "object"}}},
-        }
-    },
-)
-async def asample(request: Request, caller: Asking, service: Serving) -> dict[str, Any]:
-    """Continue a prompt; the prompt is checked when its turn comes."""
-    body = await request.body()
-    given = checked(body)
-    sampler: str = given["sampling_session_id"]
+@router.post("/asample")
+async def asample(
+    body: bodies.Sample, request: Request, caller: Asking, service: Serving
+) -> dict[str, Any]:
+    """Continue a prompt."""
+    check(body)
+    sampler = body.sampling_session_id
     await service.owned(caller, sampler, "sampling session")
-    request.state.target = sampler
-    seq, samples = given["seq_id"], given.get("num_samples", 1)
-    options = {"seed": seed_of(sampler, seq)}
-    operation = await service.submit(caller, sampler, seq, "sample", options, body)
-    ids = [f"{operation.id}:{number}" for number in range(samples)]
+    options = {"seed": seed_of(sampler, body.seq_id)}
+    operation = await service.submit(
+        caller, sampler, body.seq_id, "sample", options, await request.body()
+    )
+    ids = [f"{operation.id}:{number}" for number in range(body.num_samples)]
     return promise(operation, sample_sequence_ids=ids)
-
-
-_FIELDS = {
-    "num_samples", "prompt", "sampling_params", "base_model", "model_path", "sampling_session_id",
-    "seq_id", "prompt_logprobs", "topk_prompt_logprobs", "prompt_logprobs_last_n", "type",
-    *wire.REFUSED,
-}  # fmt: skip
 
 
 def seed_of(sampler: str, seq: int) -> int:
@@ -100,42 +84,16 @@ def seed_of(sampler: str, seq: int) -> int:
     return int.from_bytes(digest[:7], "little")
 
 
-def checked(body: bytes) -> dict[str, Any]:
-    """A request for samples.
-
-    Raises:
-        ServiceError: it is no request for samples, or asks for what is not supported.
+def check(body: bodies.Sample) -> None:
     """
-    try:
-        given = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ServiceError(f"the body must be JSON: {error}"[:300], 422) from error
-    if not isinstance(given, dict):
-        raise ServiceError("the body must be an object", 422)
-    unknown = sorted(set(given) - _FIELDS)
-    if unknown:
-        raise ServiceError(f"asample has no {unknown[0][:80]!r}", 422)
+    Raises:
+        ServiceError: a request for samples asks for what is not supported.
+        ConfigError, DataError: a setting cannot be.
+    """
     for field in ("base_model", "model_path"):
-        if given.get(field) is not None:
+        if getattr(body, field) is not None:
             raise ServiceError(f"asample takes {field} by its sampling session: leave it out", 422)
-    sampler = given.get("sampling_session_id")
-    if not isinstance(sampler, str) or not sampler.isprintable():
-        raise ServiceError("asample needs a sampling_session_id: create_sampling_session", 422)
-    seq, samples = given.get("seq_id"), given.get("num_samples", 1)
-    if type(seq) is not int or not 0 <= seq < 2**62:
-        raise ServiceError(f"seq_id is a whole number of 0 or more; it is {seq!r}"[:200], 422)
-    if type(samples) is not int or not 1 <= samples <= 1024:
-        raise ServiceError(f"num_samples is 1 to 1024; it is {samples!r}"[:200], 422)
-    try:
-        for name in wire.REFUSED:
-            if given.get(name):
-                raise ServiceError(f"{name} is not supported by this server: leave it out", 422)
-        params = given.get("sampling_params") or {}
-        if not isinstance(params, dict):
-            raise ServiceError("sampling_params is an object", 422)
-        wire.params_from_json(params)
-    except PlaitError as error:
-        if isinstance(error, ServiceError):
-            raise
-        raise ServiceError(str(error)[:500], 422) from error
-    return given
+    for name in wire.REFUSED:
+        if getattr(body, name):
+            raise ServiceError(f"{name} is not supported by this server: leave it out", 422)
+    wire.params_from_json(body.sampling_params.model_dump(exclude_none=True))

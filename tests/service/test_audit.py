@@ -47,7 +47,8 @@ def test_changes_are_written_down_once(guarded: Any, keys: dict[str, str]) -> No
     guarded.post("/api/v1/telemetry", {}, key)
     guarded.post("/api/v1/weights_info", {"tinker_path": "tinker://a/weights/b"}, key)
     failed = guarded.post("/api/v1/optim_step", {"model_id": "none", "seq_id": 1}, key)
-    guarded.post("/api/v1/asample", {"sampling_session_id": "none", "seq_id": 1}, key)
+    sample = {"sampling_session_id": "none", "seq_id": 1, "prompt": {"chunks": []}}
+    guarded.post("/api/v1/asample", sample, key)
     guarded.ask("DELETE", "/api/v1/training_runs/run/checkpoints/weights/x", key)
     guarded.post(f"/api/v1/sessions/{session}/finish", {"reason": {}}, key)
     guarded.post("/api/v1/create_session", {}, keys["reader"])
@@ -56,7 +57,7 @@ def test_changes_are_written_down_once(guarded: Any, keys: dict[str, str]) -> No
     assert [(one["action"], one["target"], one["status"]) for one in found] == [
         ("POST /api/v1/create_session", "", 200),
         ("POST /api/v1/optim_step", "none", 404),
-        ("POST /api/v1/asample", "", 404),
+        ("POST /api/v1/asample", "none", 404),
         ("DELETE /api/v1/training_runs/{run_id}/checkpoints/{kind}/{name}", "run/weights/x", 404),
         ("POST /api/v1/sessions/{session_id}/finish", session, 200),
     ]

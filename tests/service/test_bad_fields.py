@@ -49,6 +49,7 @@ GOOD: dict[str, Any] = {
     "base_model": "tiny", "path": "x", "reason": {"type": "success"}, "name": "x",
     "target": {"sampling_session_id": "none"}, "custom_loss_seq_id": 1, "tinker_path": "x",
     "inputs": [{"name": "logprobs", "rank": 1}], "graph": {"nodes": []}, "ttl_seconds": 60,
+    "prompt": {"chunks": []},
 }  # fmt: skip
 
 
@@ -214,5 +215,8 @@ def test_settings_of_samples(server: Any, ids: Any, more: Any, fine: bool) -> No
     number = abs(hash(json.dumps(more))) % 10**9
     given = {"sampling_params": {"max_tokens": 2}, **more}
     body = {"sampling_session_id": sampler, "seq_id": number, "prompt": prompt, **given}
-    said = outcome(server, server.post("/api/v1/asample", body).json())
+    answer = server.post("/api/v1/asample", body)
+    said = answer.json() if answer.is_error else outcome(server, answer.json())
     assert (said is None) == fine, said
+    if not fine:
+        assert said["category"] == "user" and said["error"]

@@ -242,7 +242,7 @@ def test_unknown_names(small: Any, session: str) -> None:
         ("create_model", model), ("get_info", {"model_id": f"{no}:train:0"}),
         ("create_model", {**model, "session_id": no}), ("optim_step", step(no, 1)),
         ("session_heartbeat", {"session_id": no}), ("retrieve_future", {"request_id": no}),
-        ("asample", {"sampling_session_id": no, "seq_id": 1}),
+        ("asample", {"sampling_session_id": no, "seq_id": 1, "prompt": {"chunks": []}}),
         ("weights_info", {"tinker_path": "tinker://a/weights/b"}),
     ):  # fmt: skip
         check_error(small.post(f"/api/v1/{path}", body), 404)

@@ -7,10 +7,9 @@ from typing import Any
 
 from plait.client.remote.inputs import sample_to_json
 from plait.client.remote.transport import Transport
-from plait.errors import ConfigError
 from plait.modalities import Audio, Image, MediaPart, Part, Video
+from plait.primitives.inputs import question
 from plait.stream import Message, Sample
-from plait.stream.samples import as_part
 from plait.types import (
     AudioChunk,
     Chunk,
@@ -47,11 +46,7 @@ class Rendering:
 
     def prompt(self, *content: Part | Message | str) -> ModelInput:
         """The input that asks for an assistant's answer to a user's parts, or to messages."""
-        messages = tuple(part for part in content if isinstance(part, Message))
-        parts = tuple(as_part(part) for part in content if not isinstance(part, Message))
-        if messages and parts:
-            raise ConfigError("a prompt is made of messages or of one user's parts, not of both")
-        sample = Sample(messages=messages or (Message("user", parts),))
+        sample = question(content)
         return _input(self._rendered(sample, for_generation=True), sample)
 
     def _datum(self, sample: Sample) -> Datum:

@@ -98,8 +98,8 @@ class RemoteSamplingClient(AsyncNames, Ready, Rendering):
     def compute_logprobs(self, prompt: ModelInput) -> APIFuture[list[float | None]]:
         """The logprob of each of a prompt's tokens, given those before it."""
         params = SamplingParams(max_tokens=1)
-        future = self._asked(prompt, 1, params, {"prompt_logprobs": True})
-        return APIFuture(future._future, lambda response: response.prompt_logprobs)
+        asked = self._asked(prompt, 1, params, {"prompt_logprobs": True})
+        return asked.then(lambda response: response.prompt_logprobs or [])
 
     async def compute_logprobs_async(self, prompt: ModelInput) -> list[float | None]:
         """`compute_logprobs`, and its result, as the Tinker API has it."""

@@ -6,13 +6,13 @@ from dataclasses import asdict
 from itertools import count
 from typing import Any, Self
 
+from plait.client.custom import CustomLosses
 from plait.client.futures import APIFuture, AsyncNames, Ready
 from plait.client.remote.inputs import proto_chunks
 from plait.client.remote.rendering import Rendering
 from plait.client.remote.sampling import RemoteSamplingClient
 from plait.client.remote.transport import UPLOAD_BYTES, InOrder, Transport
 from plait.errors import ConfigError
-from plait.primitives.custom import LossOfLogprobs, unweighted, weighted_data
 from plait.primitives.inputs import check_data, check_plain
 from plait.service.wire import training as wire
 from plait.trainer.losses import loss_named
@@ -33,7 +33,7 @@ CALL_BYTES = 8_000_000
 """Of one request; a larger call is sent as several, whose gradients add up the same."""
 
 
-class RemoteTrainingClient(AsyncNames, Ready, Rendering):
+class RemoteTrainingClient(CustomLosses, AsyncNames, Ready, Rendering):
     """A run on a server; see `plait.TrainingClient`, whose methods these are.
 
     Args:
@@ -94,7 +94,13 @@ class RemoteTrainingClient(AsyncNames, Ready, Rendering):
         loss, given = loss_named(loss_fn), check_data(data)
         parts = _split(given, 2 if loss.paired else 1)
         futures = [self._send(part, loss_fn, dict(config or {}), backward) for part in parts]
-        return futures[0] if len(futures) == 1 else _joined(futures)
+        if len(futures) == 1:
+            return futures[0]
+
+        async def every() -> list[ForwardBackwardOutput]:
+            return [await future for future in futures]
+
+        return APIFuture(self._transport.run(every()), _added)
 
     def _send(
         self, data: list[Datum], loss: str, config: dict[str, float], backward: bool
@@ -112,21 +118,6 @@ class RemoteTrainingClient(AsyncNames, Ready, Rendering):
 
         future = self._queue.put(send, lambda response: wire.answer_of(response.content))
         return APIFuture(future, lambda output: output)
-
-    def forward_backward_custom(
-        self, data: Sequence[Datum], loss_fn: LossOfLogprobs
-    ) -> APIFuture[ForwardBackwardOutput]:
-        """Add the gradient of a function of all data's logprobs, which runs here."""
-        given = check_data(data)
-        output = self.forward(unweighted(given)).result()
-        logprobs = [row["logprobs"].to_torch() for row in output.loss_fn_outputs]
-        weighted, metrics = weighted_data(given, logprobs, loss_fn)
-        future = self.forward_backward(weighted)
-
-        def told(made: ForwardBackwardOutput) -> ForwardBackwardOutput:
-            return ForwardBackwardOutput(made.loss_fn_outputs, made.metrics | metrics)
-
-        return APIFuture(future._future, told)
 
     def optim_step(
         self, adam_params: AdamParams | OptimizerParams, *, divide_by_weight: bool = False
@@ -243,16 +234,10 @@ def _split(data: list[Datum], together: int) -> list[list[Datum]]:
     return parts
 
 
-def _joined(futures: Sequence[APIFuture[ForwardBackwardOutput]]) -> Any:
+def _added(made: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
     """One answer of several: outputs in order, sums added."""
-    last = futures[-1]
-
-    def told(_: ForwardBackwardOutput) -> ForwardBackwardOutput:
-        made = [future.result() for future in futures]
-        metrics: dict[str, float] = {}
-        for one in made:
-            for name, value in one.metrics.items():
-                metrics[name] = metrics.get(name, 0.0) + value
-        return ForwardBackwardOutput([row for one in made for row in one.loss_fn_outputs], metrics)
-
-    return APIFuture(last._future, told)
+    metrics: dict[str, float] = {}
+    for one in made:
+        for name, value in one.metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + value
+    return ForwardBackwardOutput([row for one in made for row in one.loss_fn_outputs], metrics)
