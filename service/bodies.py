@@ -268,7 +268,7 @@ class Sample(Body):
     target_prompt_logprobs: Facts | None = None
     prompt_alt_tokens_k: int = 0
     record_stability_info: bool | None = None
-    type: Literal["asample"] = "asample"
+    type: Literal["sample"] = "sample"
 
 
 class JoinSampler(Body):

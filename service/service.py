@@ -13,6 +13,7 @@ from sqlalchemy.exc import IntegrityError
 
 from plait.service import catalog
 from plait.service.audit import Audit
+from plait.service.contexts import Contexts
 from plait.service.database.database import Database
 from plait.service.database.migrate import migrate
 from plait.service.database.payloads import Payloads
@@ -70,8 +71,11 @@ class Service:
         self.completions = Completions(self.log, clock)
         self.runner.recorder.ended = self.completions.ended
         self.fetcher = Fetcher(settings.allowed_hosts, settings.media_bytes)
-        self.uploads = Uploads(settings.data_dir / "media", settings.media_bytes)
+        self.uploads = Uploads(
+            settings.data_dir / "media", settings.media_bytes, settings.quotas.upload_bytes
+        )
         self.talks = Talks(self)
+        self.contexts = Contexts(settings.models, self.ask_engine)
         self.draining = False
         self._delivered: set[str] = set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -147,12 +151,20 @@ class Service:
         """
         if self.draining:
             raise BusyError("the server is being stopped; try again in a moment")
-        self._check_waiting(caller.owner)
+        if not self._is_waited_for(scope_name, seq):
+            self._check_waiting(caller.owner)
         now = self.clock()
         operation, new = await self.log.accept(
             caller.owner, scope_name, seq, kind, options, body, now, also
         )
         return await self.runner.take_up(operation, new)
+
+    def _is_waited_for(self, scope_name: str, seq: int) -> bool:
+        """Whether others of a run cannot be done before this one: to refuse it makes them wait."""
+        scope = self.runner.scopes.get(scope_name)
+        if scope is None or not scope.is_run or not scope.waiting:
+            return False
+        return scope.first() is None and seq == scope.next
 
     def _check_waiting(self, owner: str) -> None:
         quotas, recorder = self.settings.quotas, self.runner.recorder
@@ -160,15 +172,6 @@ class Service:
             raise BusyError(f"{quotas.waiting} requests wait already; try again later")
         if recorder.bytes_of.get(owner, 0) >= quotas.waiting_bytes:
             raise BusyError(f"{quotas.waiting_bytes} bytes wait already; try again later")
-
-    async def _check_runs(self, owner: str) -> None:
-        most = self.settings.quotas.runs
-        mine = select(func.count(runs.c.id)).where(runs.c.owner == owner)
-        count = await self.database.read(lambda connection: connection.execute(mine).scalar_one())
-        if count >= most:
-            raise ServiceError(
-                f"an owner has up to {most} runs here; ask the operator for more", 422
-            )
 
     async def refuse(self, scope_name: str, seq: int) -> None:
         """A number was answered with an error: nothing will come under it."""
@@ -272,12 +275,17 @@ class Service:
             "metadata_json": json.dumps(metadata), "created_at": now, "used_at": now,
             "next_seq": 0, "kept_seq": -1,
         }  # fmt: skip
-        if await self.runner.scope(name) is None:  # not one that is asked for again
-            await self._check_runs(caller.owner)
-        return await self.submit(
-            caller, name, 0, "create", options,
-            also=lambda connection: connection.execute(insert(runs).values(**values)),
-        )  # fmt: skip
+        most = self.settings.quotas.runs
+
+        def also(connection: Connection) -> None:
+            mine = select(func.count(runs.c.id)).where(runs.c.owner == caller.owner)
+            if connection.execute(mine).scalar_one() >= most:
+                raise ServiceError(
+                    f"an owner has up to {most} runs here; ask the operator for more", 422
+                )
+            connection.execute(insert(runs).values(**values))
+
+        return await self.submit(caller, name, 0, "create", options, also=also)
 
     async def create_sampler(
         self, caller: Caller, session: str, number: int, base_model: str, path: str | None

@@ -28,8 +28,11 @@ class Quotas:
     runs: int = 10_000
     """Runs of an owner, those that are not in memory too."""
 
+    upload_bytes: int = 100_000_000_000
+    """Bytes of an owner's uploads on the disk, those that have come in part too."""
+
     def __post_init__(self) -> None:
-        for name in ("waiting", "waiting_bytes", "runs"):
+        for name in ("waiting", "waiting_bytes", "runs", "upload_bytes"):
             check_number(name, getattr(self, name), "[1, inf)", whole=True)
         if self.requests_per_minute is not None:
             check_number("requests_per_minute", self.requests_per_minute, "[1, inf)", whole=True)

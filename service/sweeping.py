@@ -5,26 +5,28 @@ from typing import Any
 from sqlalchemy import Connection, select, update
 
 from plait.service.database.database import Database
-from plait.service.database.tables import samplers, sessions
+from plait.service.database.tables import operations, samplers, sessions
 from plait.service.engine.host import EngineHost
 
 _TOGETHER = 100
 
 
 async def close_forgotten(database: Database, host: EngineHost, before: float) -> int:
-    """Close samplers whose session was seen last before that time, and remove the weights that were
-    kept of samplers that are closed; how many.
+    """Close samplers that sampled last before that time and whose session was seen last before it,
+    and remove the weights that were kept of samplers that are closed; how many.
 
     Raises:
         UnavailableError: the database or the engine is away; it is tried again.
     """
     s = samplers.c
     forgotten = select(sessions.c.id).where(sessions.c.seen_at < before)
+    recent = (operations.c.scope == s.id) & (operations.c.created_at >= before)
+    samples = select(operations.c.id).where(recent).exists()
 
     def close(connection: Connection) -> list[Any]:
         connection.execute(
             update(samplers)
-            .where(s.closed_at.is_(None) & s.session_id.in_(forgotten))
+            .where(s.closed_at.is_(None) & s.session_id.in_(forgotten) & ~samples)
             .values(closed_at=before)
         )
         kept = select(s.id, s.kept_path).where(s.closed_at.is_not(None) & s.kept_path.is_not(None))

@@ -21,11 +21,14 @@ class Uploads:
     Args:
         root: Holds a folder for each owner.
         most: Bytes of one file.
+        together: Bytes of all files of an owner.
     """
 
-    def __init__(self, root: Path, most: int) -> None:
-        self._root, self._most = root, most
+    def __init__(self, root: Path, most: int, together: int) -> None:
+        self._root, self._most, self._together = root, most, together
         self._busy: set[Path] = set()
+        self._used: dict[str, int] = {}
+        """Bytes of an owner's files, once they were counted."""
 
     def folder(self, owner: str) -> Path:
         return self._root / owner
@@ -55,8 +58,9 @@ class Uploads:
 
         Raises:
             ServiceError: `offset` is not where it ended, another sender is at it, or it is too
-                large. What has come stays.
+                large, or all of this owner's together. What has come stays.
         """
+        await self._count(owner)
         folder = self.folder(owner)
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".part-{_checked(sha256)}"
@@ -73,7 +77,14 @@ class Uploads:
                 async for block in content:
                     if file.tell() + len(block) > self._most:
                         raise ServiceError(f"an upload has up to {self._most} bytes", 413)
+                    if self._used[owner] + len(block) > self._together:
+                        raise ServiceError(
+                            f"an owner's uploads have up to {self._together} bytes together: "
+                            "DELETE /api/v1/media/{sha256} takes away what is not needed",
+                            413,
+                        )
                     await asyncio.to_thread(file.write, block)
+                    self._used[owner] += len(block)
                 await asyncio.to_thread(_sync, file.fileno(), file)
             return part.stat().st_size
         finally:
@@ -90,9 +101,33 @@ class Uploads:
             return self.whole(owner, sha256)
         found = await asyncio.to_thread(_sha256, part)
         if found != sha256:
-            part.unlink()
+            self.remove(owner, part)
             raise ServiceError(f"these bytes have the SHA-256 {found}, not {sha256}: send again")
         return part
+
+    async def _count(self, owner: str) -> None:
+        if owner not in self._used:
+            used = await asyncio.to_thread(_size, self.folder(owner))
+            self._used.setdefault(owner, used)
+
+    def remove(self, owner: str, path: Path) -> None:
+        """Take away a file, whole or in part, whose room is free then."""
+        size = path.stat().st_size
+        path.unlink()
+        if owner in self._used:
+            self._used[owner] -= size
+
+    def any(self, owner: str, sha256: str) -> Path:
+        """A file, whole or in part.
+
+        Raises:
+            NotFoundError: nothing of it has come.
+            ServiceError: it is coming just now.
+        """
+        part = self.folder(owner) / f".part-{_checked(sha256)}"
+        if part in self._busy:
+            raise ServiceError("this upload is being sent", 409)
+        return part if part.is_file() else self.whole(owner, sha256)
 
     def keep(self, part: Path) -> None:
         """It was looked at: it may be used from now on."""
@@ -104,6 +139,10 @@ def _checked(sha256: str) -> str:
     if not _NAME.fullmatch(sha256):
         raise ServiceError("an upload is named by its SHA-256, 64 digits of 0-9 and a-f", 422)
     return sha256
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
 
 
 def _sync(descriptor: int, file: object) -> None:

@@ -160,6 +160,12 @@ class Store:
             live = [entry for entry in found if not entry.lifetime.over(now)]
         return sorted(live, key=lambda entry: (entry.lifetime.saved_at, entry.place.path))
 
+    def entry(self, place: Place) -> Entry | None:
+        """One of them; None where there is none, or it has expired."""
+        with shared(self.root):
+            found = self._entry(place) if place.under(self.root).is_dir() else None
+        return None if found is None or found.lifetime.over(self.clock()) else found
+
     def _entry(self, place: Place) -> Entry:
         folder = place.under(self.root)
         size = sum(path.stat().st_size for path in folder.iterdir())

@@ -9,6 +9,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
+from plait.encoders import weights
 from plait.errors import DataError, MediaError
 from plait.modalities import Audio, Image, Limits, Video
 from plait.primitives.sampling import settings_of
@@ -71,6 +74,13 @@ def check_media(worker: Worker, header: Header, _: bytes) -> Answer:
     raise DataError(
         "an upload is a picture, a sound or a film in a format that is known; this file is none"
     ) from errors[-1]
+
+
+def context(_: Worker, header: Header, __: bytes) -> Answer:
+    """How many positions a language model was made for, as its configuration says."""
+    folder = weights.resolve(header["language"])
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    return {"result": {"context": getattr(config, "max_position_embeddings", None)}}, b""
 
 
 def tokenizer(worker: Worker, header: Header, _: bytes) -> Answer:

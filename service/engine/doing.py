@@ -194,14 +194,15 @@ OPERATION = "plait_operation"
 
 
 def _is_of(store: Store, place: Place, operation: str) -> bool:
-    return any(
-        entry.place == place and entry.manifest.get("user_metadata", {}).get(OPERATION) == operation
-        for entry in store.entries()
-    )
+    entry = store.entry(place)
+    if entry is None:
+        return False
+    return bool(entry.manifest.get("user_metadata", {}).get(OPERATION) == operation)
 
 
 def _entry(store: Store, place: Place) -> Header:
-    entry = next(entry for entry in store.entries() if entry.place == place)
+    entry = store.entry(place)
+    assert entry is not None, "it was written just now"
     return {"size": entry.size, "expires_at": entry.lifetime.expires_at}
 
 
@@ -341,6 +342,7 @@ DOES: Does = {
     "sample": sample,
     "cancel": cancel,
     "chat": answering.chat,
+    "context": answering.context,
     "check_media": answering.check_media,
     "render": answering.render_sample,
     "tokenizer": answering.tokenizer,

@@ -46,7 +46,7 @@ async def send(
         )
     except ServiceError as error:
         if error.category == "user":  # it will not become a picture by itself
-            part.unlink(missing_ok=True)
+            service.uploads.remove(owner, part)
         raise
     service.uploads.keep(part)
     now = service.clock()
@@ -80,7 +80,9 @@ async def every(caller: Asking, service: Serving) -> dict[str, Any]:
 
 @router.delete("/{sha256}", status_code=204)
 async def remove(sha256: str, caller: Asking, service: Serving) -> None:
-    service.uploads.whole(owner_folder(caller.owner), sha256).unlink()
+    """Take an upload away, one that came in part too."""
+    owner = owner_folder(caller.owner)
+    service.uploads.remove(owner, service.uploads.any(owner, sha256))
     await service.database.write(
         lambda connection: connection.execute(
             delete(media).where((media.c.owner == caller.owner) & (media.c.sha256 == sha256))

@@ -40,7 +40,12 @@ def told(row: Row[Any]) -> dict[str, Any]:
 async def capabilities(caller: Asking, service: Serving) -> dict[str, Any]:
     return {
         "supported_models": [
-            {"model_name": name, "trainable": True, "sampleable": True}
+            {
+                "model_name": name,
+                "max_context_length": await service.contexts.of(name),
+                "trainable": True,
+                "sampleable": True,
+            }
             for name in service.settings.models
         ]
     }

@@ -305,7 +305,7 @@ def test_anothers_upload_cannot_be_read(guarded: Any, keys: dict[str, str], name
     sampler = guarded.post("/api/v1/create_sampling_session", body, key).json()
     prompt = {"chunks": [{"type": "image", "sha256": names["upload"]}]}
     body = {"seq_id": 1, "prompt": prompt, **sampler}
-    promise = guarded.post("/api/v1/asample", {**body, "type": "asample"}, key).json()
+    promise = guarded.post("/api/v1/asample", {**body, "type": "sample"}, key).json()
     body = {"request_id": promise["request_id"]}
     assert "there is no upload" in guarded.post("/api/v1/retrieve_future", body, key).text
 

@@ -9,7 +9,7 @@ from sqlalchemy import insert, select
 from plait.service.database.database import Database
 from plait.service.database.migrate import migrate
 from plait.service.database.payloads import Payloads
-from plait.service.database.tables import samplers, sessions
+from plait.service.database.tables import operations, samplers, sessions
 from plait.service.sweeping import close_forgotten
 
 
@@ -28,7 +28,8 @@ async def swept(folder: Path) -> tuple[list[str], list[tuple[str, bool, bool]]]:
     url = f"sqlite:///{folder / 'plait.db'}"
     migrate(url)
     database, engine = Database(url, Payloads(folder / "payloads")), Engine()
-    rows = [("old", 10.0, None), ("new", 100.0, None), ("closed", 100.0, 90.0)]
+    rows = [("old", 10.0, None), ("new", 100.0, None), ("closed", 100.0, 90.0),
+            ("sampling", 10.0, None)]  # fmt: skip
 
     def fill(connection: Any) -> None:
         for name, seen, closed in rows:
@@ -45,6 +46,11 @@ async def swept(folder: Path) -> tuple[list[str], list[tuple[str, bool, bool]]]:
                 )
             )  # fmt: skip
 
+        values = {"id": "drawn", "owner": "anna", "scope": "sampling:sample:0", "seq": 0,
+                  "kind": "sample", "options_json": "{}", "digest": "", "state": "done",
+                  "created_at": 60.0}  # fmt: skip
+        connection.execute(insert(operations).values(**values))
+
     await database.write(fill)
     assert await close_forgotten(database, engine, 50.0) == 2  # type: ignore[arg-type]
     assert await close_forgotten(database, engine, 50.0) == 0  # type: ignore[arg-type]
@@ -59,4 +65,5 @@ async def swept(folder: Path) -> tuple[list[str], list[tuple[str, bool, bool]]]:
 def test_kept_weights_go_with_their_session(tmp_path: Path) -> None:
     paths, left = asyncio.run(swept(tmp_path))
     assert sorted(paths) == [f"tinker://{name}/sampler_weights/kept" for name in ("closed", "old")]
-    assert left == [("closed", True, False), ("new", False, True), ("old", True, False)]
+    assert left == [("closed", True, False), ("new", False, True), ("old", True, False),
+                    ("sampling", False, True)]  # fmt: skip

@@ -307,8 +307,9 @@ def check_listing(said: dict[str, Any], path: str, sampling: str) -> None:
     assert run in said["one_session"]["training_run_ids"]
     assert said["one_session"].get("user_metadata", {"who": "a test"}) == {"who": "a test"}
     assert said["info"]["base_model"] == "tiny" and said["info"]["lora_rank"] == 4
-    assert {one["model_name"] for one in said["capabilities"]["supported_models"]} == {
-        "tiny", "seeing",
+    offered = said["capabilities"]["supported_models"]
+    assert {one["model_name"]: one["max_context_length"] for one in offered} == {
+        "tiny": 512, "seeing": 512,
     }  # fmt: skip
     assert said["sampler"]["model_path"] == sampling and said["sampler_base"] == "tiny"
     assert said["published"] == {path: True, sampling: False}
