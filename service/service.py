@@ -94,6 +94,7 @@ class Service:
     async def stop(self) -> None:
         """Let go; what is under way is in the log, and is done by the next server."""
         self.draining = True
+        self.database.hurry()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -26,6 +26,7 @@ Work = Callable[..., Value]
 PATIENCE = 60.0
 """Seconds that a database may be locked or away before what waits for it is refused."""
 
+_HURRIED = 2.0
 _MOST_TOGETHER = 256
 _READERS = 4
 
@@ -102,13 +103,13 @@ class Database:
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, work)
 
     def _read(self, work: Work[Value]) -> Value:
-        until = time.monotonic() + self._patience
+        begun = time.monotonic()
         while True:
             try:
                 with self._engine.connect() as connection:
                     return work(connection)
             except (OperationalError, InterfaceError) as error:
-                _wait_or_raise(error, until)
+                self._wait_or_raise(error, begun)
 
     def _write(self) -> None:
         while True:
@@ -151,7 +152,7 @@ class Database:
             one.refs = tuple(next(refs) for _ in one.blobs)
 
     def _transact(self, batch: Sequence[_Waiting]) -> None:
-        until = time.monotonic() + self._patience
+        begun = time.monotonic()
         while True:
             for one in batch:
                 one.error = None
@@ -161,7 +162,16 @@ class Database:
                         _do(connection, one)
                 return
             except (OperationalError, InterfaceError) as error:
-                _wait_or_raise(error, until)
+                self._wait_or_raise(error, begun)
+
+    def _wait_or_raise(self, error: DBAPIError, begun: float) -> None:
+        if time.monotonic() - begun >= self._patience:
+            raise UnavailableError("the database does not answer; try again later") from error
+        time.sleep(0.05)
+
+    def hurry(self) -> None:
+        """The server is being stopped: nothing waits long for a database that is away any more."""
+        self._patience = min(self._patience, _HURRIED)
 
     def close(self) -> None:
         """Commit what waits and stop."""
@@ -180,12 +190,6 @@ def _do(connection: Connection, one: _Waiting) -> None:
         raise
     except Exception as error:
         one.error = error
-
-
-def _wait_or_raise(error: DBAPIError, until: float) -> None:
-    if time.monotonic() >= until:
-        raise UnavailableError("the database does not answer; try again later") from error
-    time.sleep(0.05)
 
 
 def driver(url: str) -> str:

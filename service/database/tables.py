@@ -1,5 +1,7 @@
 """The tables. Times are seconds since the epoch; texts that end in `_json` are JSON."""
 
+from typing import Any
+
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -11,20 +13,36 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
-    Text,
+    TypeDecorator,
     UniqueConstraint,
 )
+
+
+class Words(TypeDecorator[str]):
+    """Any text. Characters that no database takes are kept as others: zero as "␀", half of one as
+    "?". What is looked for under a name with them is not there, since none is given to anything.
+    """
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Any) -> str | None:
+        del dialect
+        if value is None or (value.isascii() and "\0" not in value):
+            return value
+        return value.replace("\0", "␀").encode("utf-8", "replace").decode()
+
 
 METADATA = MetaData()
 
 keys = Table(
     "keys",
     METADATA,
-    Column("id", String(32), primary_key=True),
-    Column("owner", String(200), nullable=False, index=True),
-    Column("role", String(20), nullable=False),
-    Column("label", String(200), nullable=False, default=""),
-    Column("hash", String(64), nullable=False),
+    Column("id", Words(32), primary_key=True),
+    Column("owner", Words(200), nullable=False, index=True),
+    Column("role", Words(20), nullable=False),
+    Column("label", Words(200), nullable=False, default=""),
+    Column("hash", Words(64), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("used_at", Float),
     Column("revoked_at", Float),
@@ -33,26 +51,26 @@ keys = Table(
 sessions = Table(
     "sessions",
     METADATA,
-    Column("id", String(64), primary_key=True),
-    Column("owner", String(200), nullable=False, index=True),
-    Column("about_json", Text, nullable=False),
+    Column("id", Words(64), primary_key=True),
+    Column("owner", Words(200), nullable=False, index=True),
+    Column("about_json", Words(), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("seen_at", Float, nullable=False),
     Column("finished_at", Float),
-    Column("finish_json", Text),
+    Column("finish_json", Words()),
 )
 
 runs = Table(
     "runs",
     METADATA,
-    Column("id", String(160), primary_key=True),
+    Column("id", Words(160), primary_key=True),
     Column("session_id", ForeignKey("sessions.id"), nullable=False, index=True),
-    Column("owner", String(200), nullable=False, index=True),
-    Column("base_model", String(400), nullable=False),
-    Column("spec_json", Text, nullable=False),
+    Column("owner", Words(200), nullable=False, index=True),
+    Column("base_model", Words(400), nullable=False),
+    Column("spec_json", Words(), nullable=False),
     Column("seed", BigInteger, nullable=False, default=0),
-    Column("metadata_json", Text, nullable=False, default="{}"),
-    Column("info_json", Text),
+    Column("metadata_json", Words(), nullable=False, default="{}"),
+    Column("info_json", Words()),
     Column("created_at", Float, nullable=False),
     Column("used_at", Float, nullable=False),
     Column("next_seq", BigInteger, nullable=False, default=0),
@@ -64,15 +82,15 @@ disk, so that later ones alone are repeated after a crash; -1 is none."""
 samplers = Table(
     "samplers",
     METADATA,
-    Column("id", String(160), primary_key=True),
+    Column("id", Words(160), primary_key=True),
     Column("session_id", ForeignKey("sessions.id"), nullable=False, index=True),
-    Column("owner", String(200), nullable=False, index=True),
-    Column("base_model", String(400), nullable=False),
-    Column("model_path", String(800)),
-    Column("spec_json", Text),
-    Column("run_id", String(160), index=True),
+    Column("owner", Words(200), nullable=False, index=True),
+    Column("base_model", Words(400), nullable=False),
+    Column("model_path", Words(800)),
+    Column("spec_json", Words()),
+    Column("run_id", Words(160), index=True),
     Column("run_seq", BigInteger),
-    Column("kept_path", String(800)),
+    Column("kept_path", Words(800)),
     Column("joined", Integer, nullable=False, default=0),
     Column("created_at", Float, nullable=False),
     Column("closed_at", Float),
@@ -82,20 +100,20 @@ samplers = Table(
 operations = Table(
     "operations",
     METADATA,
-    Column("id", String(64), primary_key=True),
-    Column("owner", String(200), nullable=False, index=True),
-    Column("scope", String(160), nullable=False),
+    Column("id", Words(64), primary_key=True),
+    Column("owner", Words(200), nullable=False, index=True),
+    Column("scope", Words(160), nullable=False),
     Column("seq", BigInteger, nullable=False),
-    Column("kind", String(40), nullable=False),
-    Column("options_json", Text, nullable=False),
-    Column("digest", String(64), nullable=False),
-    Column("body", String(80)),
-    Column("state", String(10), nullable=False),
+    Column("kind", Words(40), nullable=False),
+    Column("options_json", Words(), nullable=False),
+    Column("digest", Words(64), nullable=False),
+    Column("body", Words(80)),
+    Column("state", Words(10), nullable=False),
     Column("attempts", Integer, nullable=False, default=0),
-    Column("result", String(80)),
-    Column("result_kind", String(10)),
-    Column("error", Text),
-    Column("category", String(10)),
+    Column("result", Words(80)),
+    Column("result_kind", Words(10)),
+    Column("error", Words()),
+    Column("category", Words(10)),
     Column("created_at", Float, nullable=False),
     Column("finished_at", Float),
     Column("delivered_at", Float),
@@ -108,36 +126,36 @@ Index("operations_state", operations.c.state, operations.c.scope, operations.c.s
 checkpoints = Table(
     "checkpoints",
     METADATA,
-    Column("path", String(800), primary_key=True),
-    Column("owner", String(200), nullable=False, index=True),
-    Column("run_id", String(160), nullable=False, index=True),
-    Column("kind", String(20), nullable=False),
-    Column("name", String(400), nullable=False),
+    Column("path", Words(800), primary_key=True),
+    Column("owner", Words(200), nullable=False, index=True),
+    Column("run_id", Words(160), nullable=False, index=True),
+    Column("kind", Words(20), nullable=False),
+    Column("name", Words(400), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float),
     Column("size_bytes", BigInteger),
     Column("public", Boolean, nullable=False, default=False),
-    Column("metadata_json", Text, nullable=False, default="{}"),
+    Column("metadata_json", Words(), nullable=False, default="{}"),
 )
 
 losses = Table(
     "losses",
     METADATA,
-    Column("id", String(64), primary_key=True),
+    Column("id", Words(64), primary_key=True),
     Column("session_id", ForeignKey("sessions.id"), nullable=False, index=True),
-    Column("owner", String(200), nullable=False),
-    Column("name", String(200), nullable=False),
-    Column("graph_json", Text, nullable=False),
+    Column("owner", Words(200), nullable=False),
+    Column("name", Words(200), nullable=False),
+    Column("graph_json", Words(), nullable=False),
     Column("created_at", Float, nullable=False),
 )
 
 media = Table(
     "media",
     METADATA,
-    Column("owner", String(200), primary_key=True),
-    Column("sha256", String(64), primary_key=True),
+    Column("owner", Words(200), primary_key=True),
+    Column("sha256", Words(64), primary_key=True),
     Column("size_bytes", BigInteger, nullable=False),
-    Column("medium", String(10), nullable=False),
+    Column("medium", Words(10), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("used_at", Float, nullable=False),
 )
@@ -147,10 +165,10 @@ audit = Table(
     METADATA,
     Column("id", Integer, primary_key=True, autoincrement=True),
     Column("at", Float, nullable=False, index=True),
-    Column("owner", String(200), nullable=False),
-    Column("key_id", String(32), nullable=False),
-    Column("action", String(100), nullable=False),
-    Column("target", String(800), nullable=False),
+    Column("owner", Words(200), nullable=False),
+    Column("key_id", Words(32), nullable=False),
+    Column("action", Words(100), nullable=False),
+    Column("target", Words(800), nullable=False),
     Column("status", Integer, nullable=False),
-    Column("request_id", String(64), nullable=False),
+    Column("request_id", Words(64), nullable=False),
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -153,6 +154,38 @@ def seeing_recipe(
 def seeing(new_server: Callable[..., Server], seeing_recipe: Path) -> Server:
     """One server of that model, for the tests that leave it as it is."""
     return new_server(models=[str(seeing_recipe)]).start()
+
+
+@pytest.fixture
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an empty database of a PostgreSQL that goes with the test."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
+    if not found:
+        pytest.skip("PostgreSQL is not installed here (Debian: apt-get install postgresql)")
+    # Its server refuses to be run by root, and must reach its folder.
+    user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+    user = user if os.geteuid() == 0 else []
+    folder = Path("/tmp") / f"plait-postgresql-{os.getpid()}"
+    folder.mkdir()
+    if user:
+        shutil.chown(folder, "postgres", "postgres")
+    binaries, port = found[-1].parent, free_port()
+    options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={folder}"
+
+    def call(*words: str) -> None:
+        subprocess.run([*user, *words], check=True, cwd="/", capture_output=True)
+
+    try:
+        call(str(binaries / "initdb"), "-D", f"{folder}/data", "-A", "trust", "-U", "plait")
+        log = f"{folder}/log"
+        control = [str(binaries / "pg_ctl"), "-D", f"{folder}/data", "-w"]
+        call(*control, "-l", log, "-o", options, "start")
+        try:
+            yield f"postgresql://plait@127.0.0.1:{port}/postgres"
+        finally:
+            call(*control, "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 ROOT = Path(__file__).parents[2]

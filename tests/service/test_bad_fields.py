@@ -1,7 +1,7 @@
 """Every field of every body with every kind of wrong value: 422 that says where, never 500."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,11 @@ def check_error(answer: httpx.Response) -> None:
 
 @pytest.fixture(scope="module")
 def ids(server: Any) -> dict[str, str]:
+    return new_ids(server)
+
+
+def new_ids(server: Any) -> dict[str, str]:
+    """A session and a run of it, which is made."""
     said = server.post("/api/v1/create_session", {"sdk_version": "0.38.0"}).json()
     session = {"session_id": said["session_id"]}
     body = {**session, "model_seq_id": 0, "base_model": "tiny", "lora_config": {"rank": 2}}
@@ -101,7 +106,31 @@ def ids(server: Any) -> dict[str, str]:
 def test_every_field_with_every_wrong_value(
     server: Any, ids: dict[str, str], tmp_path: Path
 ) -> None:
-    found = bodies_of(tmp_path)
+    try_every_field(server, ids, tmp_path)
+
+
+@pytest.mark.slow
+def test_every_field_with_postgresql(
+    new_server: Callable[..., Any], postgresql: str, tmp_path: Path
+) -> None:
+    """Which takes less than SQLite does: no zero characters, no numbers beyond 64 bits."""
+    server = new_server("--database", postgresql).start()
+    ids = new_ids(server)
+    try_every_field(server, ids, tmp_path)
+    test_what_was_accepted_can_be_read(server, ids)
+    server.stop()
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\nb", "\ud800"])
+def test_names_that_no_database_takes(name: str) -> None:
+    with pytest.raises(ValidationError):
+        bodies.OfModel(model_id=name)
+    with pytest.raises(ValidationError):
+        bodies.WeightsInfo(tinker_path=name)
+
+
+def try_every_field(server: Any, ids: dict[str, str], folder: Path) -> None:
+    found = bodies_of(folder)
     assert len(found) >= 18
     headers = {"content-type": "application/json"}
     count = 0

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import insert, select
 
 from plait.errors import ConfigError
+from plait.service.database.database import Database
+from plait.service.database.migrate import migrate
 from plait.service.database.payloads import Payloads
+from plait.service.database.tables import audit
 from plait.service.engine.frames import Channel
 from plait.service.errors import UnavailableError
 from plait.service.finished import Completions
@@ -70,6 +74,42 @@ def test_a_database_that_is_away_loses_nothing(tmp_path: Path) -> None:
         other.close()
 
     in_world(tmp_path, work)
+
+
+def test_a_server_that_stops_does_not_wait_for_a_database_that_is_away(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'plait.db'}"
+    migrate(url)
+    database = Database(url, patience=600.0)
+    other = sqlite3.connect(tmp_path / "plait.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+
+    async def work() -> None:
+        writing = asyncio.create_task(database.write(lambda _: None))
+        await asyncio.sleep(0.1)
+        database.hurry()
+        with pytest.raises(UnavailableError):
+            await asyncio.wait_for(writing, 30)
+
+    asyncio.run(work())
+    other.execute("ROLLBACK")
+    other.close()
+    database.close()
+
+
+def test_any_text_may_be_kept_and_looked_for(tmp_path: Path) -> None:
+    def work(connection: Any) -> tuple[Any, Any]:
+        odd = "\ud800" + 799 * "\0"
+        values = {"at": 0.0, "owner": "anna", "key_id": "", "action": "x", "target": odd,
+                  "status": 200, "request_id": "x"}  # fmt: skip
+        connection.execute(insert(audit).values(**values))
+        kept = connection.execute(select(audit.c.target)).scalar_one()
+        found = connection.execute(select(audit).where(audit.c.owner == "anna\0")).one_or_none()
+        return kept, found
+
+    async def kept(world: World) -> None:
+        assert await world.database.write(work) == ("?" + 799 * "␀", None)
+
+    in_world(tmp_path, kept)
 
 
 def test_a_full_disk_refuses_and_keeps_results_until_there_is_room(
