@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import structlog
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, Row, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from plait.service import catalog
+from plait.service.admission import Admission
 from plait.service.audit import Audit
 from plait.service.contexts import Contexts
 from plait.service.database.database import Database
@@ -68,6 +69,7 @@ class Service:
             clock=clock,
             rate=Rate(settings.quotas.requests_per_minute),
         )
+        self.admission = Admission(settings.quotas, self.runner)
         self.completions = Completions(self.log, clock)
         self.runner.recorder.ended = self.completions.ended
         self.fetcher = Fetcher(settings.allowed_hosts, settings.media_bytes)
@@ -152,27 +154,12 @@ class Service:
         """
         if self.draining:
             raise BusyError("the server is being stopped; try again in a moment")
-        if not self._is_waited_for(scope_name, seq):
-            self._check_waiting(caller.owner)
+        self.admission.check_waiting(caller.owner, scope_name, seq)
         now = self.clock()
         operation, new = await self.log.accept(
             caller.owner, scope_name, seq, kind, options, body, now, also
         )
         return await self.runner.take_up(operation, new)
-
-    def _is_waited_for(self, scope_name: str, seq: int) -> bool:
-        """Whether others of a run cannot be done before this one: to refuse it makes them wait."""
-        scope = self.runner.scopes.get(scope_name)
-        if scope is None or not scope.is_run or not scope.waiting:
-            return False
-        return scope.first() is None and seq == scope.next
-
-    def _check_waiting(self, owner: str) -> None:
-        quotas, recorder = self.settings.quotas, self.runner.recorder
-        if recorder.waiting_of.get(owner, 0) >= quotas.waiting:
-            raise BusyError(f"{quotas.waiting} requests wait already; try again later")
-        if recorder.bytes_of.get(owner, 0) >= quotas.waiting_bytes:
-            raise BusyError(f"{quotas.waiting_bytes} bytes wait already; try again later")
 
     async def refuse(self, scope_name: str, seq: int) -> None:
         """A number was answered with an error: nothing will come under it."""
@@ -276,14 +263,9 @@ class Service:
             "metadata_json": json.dumps(metadata), "created_at": now, "used_at": now,
             "next_seq": 0, "kept_seq": -1,
         }  # fmt: skip
-        most = self.settings.quotas.runs
 
         def also(connection: Connection) -> None:
-            mine = select(func.count(runs.c.id)).where(runs.c.owner == caller.owner)
-            if connection.execute(mine).scalar_one() >= most:
-                raise ServiceError(
-                    f"an owner has up to {most} runs here; ask the operator for more", 422
-                )
+            self.admission.check_runs(connection, caller.owner)
             connection.execute(insert(runs).values(**values))
 
         return await self.submit(caller, name, 0, "create", options, also=also)

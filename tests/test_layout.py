@@ -19,6 +19,13 @@ ROOMS = tuple(room for room in LINKED if room != "configs")
 PACKAGES = ("cli", "client", "primitives", "stream")
 """Folders of plait/ that are no links."""
 
+_DATASETS = {"errors", "home", "modalities", "stream"}
+_ENCODERS = {*_DATASETS, "ranges", "kernels", "datasets"}
+_TRAINER = {*_ENCODERS, "loss_inputs", "encoders"}
+_PRIMITIVES = {*_TRAINER, "types", "trainer"} - {"kernels"}
+_SERVICE = {*_PRIMITIVES, "primitives"}
+_CLIENT = {*_SERVICE, "service"}
+
 MAY_IMPORT = {
     "errors": set[str](),
     "ranges": {"errors"},
@@ -28,73 +35,14 @@ MAY_IMPORT = {
     "modalities": {"errors"},
     "stream": {"errors", "modalities"},
     "types": {"errors", "ranges", "loss_inputs", "modalities"},
-    "datasets": {"errors", "home", "modalities", "stream"},
-    "encoders": {"errors", "home", "ranges", "kernels", "modalities", "stream", "datasets"},
-    "trainer": {
-        "errors",
-        "home",
-        "ranges",
-        "loss_inputs",
-        "kernels",
-        "modalities",
-        "stream",
-        "datasets",
-        "encoders",
-    },
-    "primitives": {
-        "errors",
-        "home",
-        "ranges",
-        "loss_inputs",
-        "modalities",
-        "stream",
-        "types",
-        "datasets",
-        "encoders",
-        "trainer",
-    },
-    "service": {
-        "errors",
-        "home",
-        "ranges",
-        "loss_inputs",
-        "modalities",
-        "stream",
-        "types",
-        "datasets",
-        "encoders",
-        "trainer",
-        "primitives",
-    },
+    "datasets": _DATASETS,
+    "encoders": _ENCODERS,
+    "trainer": _TRAINER,
+    "primitives": _PRIMITIVES,
+    "service": _SERVICE,
     "tinker_compat": {"errors", "service"},
-    "client": {
-        "errors",
-        "home",
-        "ranges",
-        "loss_inputs",
-        "modalities",
-        "stream",
-        "types",
-        "datasets",
-        "encoders",
-        "trainer",
-        "primitives",
-        "service",
-    },
-    "cli": {
-        "errors",
-        "home",
-        "ranges",
-        "loss_inputs",
-        "modalities",
-        "stream",
-        "types",
-        "datasets",
-        "encoders",
-        "trainer",
-        "service",
-        "client",
-    },
+    "client": _CLIENT,
+    "cli": {*_CLIENT, "client"} - {"primitives"},
 }
 """What each room, or module of plait/, may import besides itself.
 

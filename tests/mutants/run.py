@@ -106,24 +106,33 @@ def judge(mutant: Mutant) -> str:
         if problem is None and not tests_fail(tree, mutant.tests):
             problem = "SURVIVED"
     verdict = problem or "red"
-    print(f"{mutant.guarantee!s:>3}  {verdict:<10} {mutant.file}: {mutant.new.strip()[:60]}")
+    told = f"{mutant.guarantee!s:>3}  {verdict:<10} {mutant.file}: {mutant.new.strip()[:60]}"
+    print(told, flush=True)
     return verdict
+
+
+def red_without_a_break(mutants: list[Mutant], pool: ThreadPoolExecutor) -> list[str]:
+    """The files whose named tests fail on the tree as it is."""
+    named: dict[str, list[str]] = {}
+    for test in dict.fromkeys(test for mutant in mutants for test in mutant.tests):
+        named.setdefault(test.partition("::")[0], []).append(test)
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        tree = Path(folder) / "tree"
+        copy_tree(tree)
+        failed = list(pool.map(lambda tests: tests_fail(tree, tuple(tests)), named.values()))
+    return [file for file, red in zip(named, failed, strict=True) if red]
 
 
 def main(words: list[str]) -> int:
     mutants = load(words)
-    tests = tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
-    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        tree = Path(folder) / "tree"
-        copy_tree(tree)
-        if tests_fail(tree, tests):
-            print("a named test is red without any break; mend it first")
-            return 1
     with ThreadPoolExecutor(os.cpu_count()) as pool:
+        if red := red_without_a_break(mutants, pool):
+            print(f"red without any break, mend it first: {', '.join(red)}")
+            return 1
         verdicts = list(pool.map(judge, mutants))
-    red = verdicts.count("red")
-    print(f"{red} of {len(mutants)} breaks turned a test red")
-    return 0 if red == len(mutants) else 1
+    caught = verdicts.count("red")
+    print(f"{caught} of {len(mutants)} breaks turned a test red")
+    return 0 if caught == len(mutants) else 1
 
 
 if __name__ == "__main__":

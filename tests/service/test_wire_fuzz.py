@@ -87,7 +87,9 @@ def test_damaged_requests() -> None:
 
 
 def test_random_requests() -> None:
-    fuzzed(lambda chance: training.call_of(training.parsed(chance.randbytes(64))), 3000)
+    """A text of no fields is a request; 64 bytes by chance are hardly ever one."""
+    good = fuzzed(lambda chance: training.call_of(training.parsed(chance.randbytes(64))), 3000)
+    assert good < 300
 
 
 SIZES = (-(2**63), -1, 0, 1, 2, 3, 6, 2**31, 2**40, 2**62)
