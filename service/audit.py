@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import structlog
-from sqlalchemy import insert
+from sqlalchemy import delete, insert
 
 from plait.service.database.database import Database
 from plait.service.database.tables import audit
@@ -55,6 +55,12 @@ class Audit:
             entry(action, target, self._clock(), owner=owner, key_id=key_id, status=status,
                   request_id=request_id)
         )  # fmt: skip
+
+    async def forget(self, before: float) -> None:
+        """Let go of entries that are older."""
+        await self._database.write(
+            lambda connection: connection.execute(delete(audit).where(audit.c.at < before))
+        )
 
     async def write(self) -> None:
         """All that waits; what the database does not take waits on."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, Table, func, select, update
+from sqlalchemy import Connection, Row, Table, delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from plait.service.database.database import Database
@@ -19,9 +19,17 @@ from plait.service.errors import ServiceError
 MOST_AT_HAND = 65_536
 """Bytes of a result that is handed over from memory."""
 
+_MAKES = ("create", "check_loss")
+_MOST_DELETED = 10_000
+"""Rows at once: others wait for the database meanwhile."""
+
 Also = Callable[[Connection], object]
 State = Literal["queued", "done", "failed", "gone"]
 Kind = Literal["json", "proto"]
+
+LATE = "late"
+"""The kind of an entry whose request came after later ones were done: it changed nothing, and the
+next step of the run does not fail for it."""
 
 REFUSED, MISSING = "refused", "missing"
 """Kinds of entries that are no promises: nothing was done under these numbers, and nothing will
@@ -94,6 +102,12 @@ def insert_new(connection: Connection, table: Table) -> Any:
     """An insert that can say what happens where the row is there already."""
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
     return dialect.insert(table)
+
+
+def too_late(operation: Operation) -> Also:
+    """What is written where a request came after later ones were done."""
+    late = update(operations).where(operations.c.id == operation.id).values(kind=LATE)
+    return lambda connection: connection.execute(late)
 
 
 class JobLog:
@@ -278,7 +292,7 @@ class JobLog:
             steps = select(func.max(c.seq)).where(
                 (c.scope == scope)
                 & c.kind.in_(("optim_step", "load"))
-                & c.state.in_(("done", "failed"))
+                & c.state.in_(("done", "failed", "gone"))
                 & (c.seq < before)
             )
             last = connection.execute(steps).scalar()
@@ -331,6 +345,17 @@ class JobLog:
         if ref is None:
             return b""
         return await asyncio.to_thread(self._database.payloads.read, ref)
+
+    async def forget_numbers(self, before: float) -> None:
+        """Let go of all that is known of requests that ended before then and are covered by states
+        that were kept; not of what made a run, whose number stays taken.
+        """
+        c = operations.c
+        old = (c.state == "gone") & (c.finished_at < before) & c.kind.not_in(_MAKES)
+        some = select(c.id).where(old).limit(_MOST_DELETED)
+        await self._database.write(
+            lambda connection: connection.execute(delete(operations).where(c.id.in_(some)))
+        )
 
     async def forget(self, now: float, retention: float, undelivered: float) -> int:
         """Let go of bodies and results that nobody needs, and of the files that held them."""

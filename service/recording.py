@@ -91,8 +91,10 @@ class Recorder:
         if sampler is not None:
             sampler.life = life
 
-    async def fail(self, operation: Operation, error: ServiceError) -> None:
-        await self.end(operation, _failed(error))
+    async def fail(
+        self, operation: Operation, error: ServiceError, also: Also | None = None
+    ) -> None:
+        await self.end(operation, _failed(error), also)
 
     async def end(self, operation: Operation, outcome: Outcome, also: Also | None = None) -> None:
         try:

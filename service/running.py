@@ -20,7 +20,7 @@ from plait.service.engine.host import EngineDiedError, EngineHost, TokenListener
 from plait.service.errors import NotFoundError, ServiceError, UnavailableError
 from plait.service.gate import FairGate, Rate
 from plait.service.keeping import Keeper, quietly
-from plait.service.operations import MISSING, REFUSED, JobLog, Operation
+from plait.service.operations import MISSING, REFUSED, JobLog, Operation, too_late
 from plait.service.recording import PAUSE, Recorder
 from plait.service.restoring import CHANGES, Restorer
 from plait.service.scopes import Clock, Scope, Scopes, message_of
@@ -126,7 +126,7 @@ class Runner:
             self._start(self.recorder.fail(operation, ServiceError(
                 f"request {operation.seq} of {scope.id} came after later ones had stopped waiting "
                 "for it; it was not done"
-            )))  # fmt: skip
+            ), too_late(operation)))  # fmt: skip
             return
         scope.waiting[operation.seq] = operation
         self._feed(scope)

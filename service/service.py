@@ -129,9 +129,10 @@ class Service:
             await close_forgotten(
                 self.database, self.host, self.clock() - settings.undelivered_seconds
             )
-        await self.log.forget(
-            self.clock(), settings.retention_seconds, settings.undelivered_seconds
-        )
+        now = self.clock()
+        await self.log.forget(now, settings.retention_seconds, settings.undelivered_seconds)
+        await self.log.forget_numbers(now - settings.known_seconds)
+        await self.audit.forget(now - settings.audit_seconds)
 
     # Promises
 

@@ -9,6 +9,10 @@ from plait.errors import ConfigError, UnknownNameError
 from plait.ranges import check_number
 from plait.trainer.spec import ModelSpec
 
+_DURATIONS = (
+    "hold_seconds", "gap_seconds", "retention_seconds", "undelivered_seconds", "known_seconds",
+    "audit_seconds", "session_seconds", "recovery_seconds",
+)  # fmt: skip
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -79,6 +83,12 @@ class ServiceSettings:
 
     undelivered_seconds: float = 7 * 86_400.0
 
+    known_seconds: float = 30 * 86_400.0
+    """How long a request is known by its number after it was done, so that it is not done again."""
+
+    audit_seconds: float = 366 * 86_400.0
+    """How long the audit log goes back."""
+
     session_seconds: float = 3_600.0
     """A run that nobody used for so long leaves memory; its next request brings it back."""
 
@@ -101,7 +111,7 @@ class ServiceSettings:
             raise ConfigError("a server needs a model; name one: plait serve --model NAME")
         for name in ("body_bytes", "media_bytes", "engine_capacity", "sampler_memory_mb"):
             check_number(name, getattr(self, name), "[1, inf)", whole=True)
-        for name in ("hold_seconds", "gap_seconds", "recovery_seconds", "session_seconds"):
+        for name in _DURATIONS:
             check_number(name, getattr(self, name), "(0, inf)")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("TLS needs both a certificate and its key: --tls-cert and --tls-key")

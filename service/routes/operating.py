@@ -33,7 +33,10 @@ async def readyz(service: Serving) -> Response:
 
 @router.get("/metrics")
 async def prometheus(service: Serving) -> Response:
-    metrics.WAITING.set(len(service.runner.live))
+    live = list(service.runner.live.values())
+    metrics.WAITING.set(len(live))
+    oldest = min((one.created_at for one in live), default=service.clock())
+    metrics.OLDEST.set(max(service.clock() - oldest, 0.0))
     resident = sum(scope.is_run and scope.resident for scope in service.runner.scopes.values())
     metrics.RUNS.set(resident)
     metrics.ENGINE_UP.set(service.host.up)
