@@ -25,6 +25,7 @@ from plait.service.routes import (
     training,
     weights,
 )
+from plait.service.routes.context import owner_of
 from plait.service.service import Service
 from plait.service.settings import ServiceSettings
 
@@ -47,7 +48,12 @@ def create_app(settings: ServiceSettings, clock: Callable[[], float] = time.time
             await service.stop()
 
     app = FastAPI(title="Plait", version="1", lifespan=lifespan)
-    app.add_middleware(Bounded, most=settings.body_bytes, together=_TOGETHER * settings.body_bytes)
+    app.add_middleware(
+        Bounded,
+        most=settings.body_bytes,
+        together=_TOGETHER * settings.body_bytes,
+        owner_of=owner_of,
+    )
     app.add_middleware(Observed)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(PlaitError, _plait_error)

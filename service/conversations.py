@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from plait.service.errors import ServiceError
-from plait.service.fetching import Fetcher
+from plait.service.fetching import Fetcher, Together
 
 MOST_CHOICES = 128
 _ENDED = {"stop": "stop", "length": "length"}
@@ -74,10 +74,11 @@ async def messages_of(given: list[dict[str, Any]], fetcher: Fetcher) -> list[dic
     Raises:
         ServiceError: a message has another form, or its media cannot be had.
     """
-    return [await _message(number, one, fetcher) for number, one in enumerate(given)]
+    together = Together(fetcher)
+    return [await _message(number, one, together) for number, one in enumerate(given)]
 
 
-async def _message(number: int, given: dict[str, Any], fetcher: Fetcher) -> dict[str, Any]:
+async def _message(number: int, given: dict[str, Any], fetcher: Together) -> dict[str, Any]:
     unknown = sorted(set(given) - {"role", "content", "name"})
     if unknown:
         raise ServiceError(f"messages.{number} has no {unknown[0]!r} here")
@@ -90,7 +91,7 @@ async def _message(number: int, given: dict[str, Any], fetcher: Fetcher) -> dict
     return {"role": given.get("role"), "parts": parts}
 
 
-async def _part(where: str, given: dict[str, Any], fetcher: Fetcher) -> dict[str, Any]:
+async def _part(where: str, given: dict[str, Any], fetcher: Together) -> dict[str, Any]:
     kind = given.get("type")
     if kind == "text" and isinstance(given.get("text"), str):
         return {"type": "text", "text": given["text"]}

@@ -14,7 +14,10 @@ from urllib.parse import quote
 import anyio.to_thread
 from fastapi.responses import FileResponse, Response, StreamingResponse
 
-from plait.service.errors import NotFoundError, ServiceError
+from plait.errors import ConfigError
+from plait.service.errors import NotFoundError, ServiceError, UnavailableError
+from plait.trainer.places import Place
+from plait.trainer.store import Store
 
 SECONDS = 3600
 _CHUNK = 1 << 20
@@ -33,7 +36,7 @@ class Downloads:
     """
 
     def __init__(self, root: Path, clock: Callable[[], float]) -> None:
-        self._root, self._clock = root, clock
+        self._root, self._clock, self._store = root, clock, Store(root, clock)
         self._secret = secrets.token_bytes(32)
         """Of this process: addresses end with it, and are asked for again."""
 
@@ -49,10 +52,26 @@ class Downloads:
         Raises:
             NotFoundError: it is gone.
         """
-        file = await anyio.to_thread.run_sync(_tarred, self._files(path))
+        file = await anyio.to_thread.run_sync(self._tarred, path)
         name = "_".join(path.removeprefix("tinker://").split("/")).replace(":", "-")
         headers = {"content-disposition": f'attachment; filename="{name}.tar"'}
         return StreamingResponse(_read(file), media_type="application/x-tar", headers=headers)
+
+    def _tarred(self, path: str) -> IO[bytes]:
+        """While nobody overwrites or removes it."""
+        made = tempfile.TemporaryFile()  # noqa: SIM115  (closed when it was streamed)
+        try:
+            with self._store.reading(Place.of(path)), tarfile.open(fileobj=made, mode="w") as tar:
+                for file in self._files(path):
+                    tar.add(file, arcname=file.name)
+            made.seek(0)
+        except ConfigError:
+            made.close()
+            raise NotFoundError("checkpoint", path) from None
+        except OSError as error:
+            made.close()
+            raise UnavailableError(f"the disk did not take it: {error.strerror}") from error
+        return made
 
     def addresses(self, path: str, base: str) -> dict[str, Any]:
         """Of each file, under the server's own address."""
@@ -96,15 +115,6 @@ class Downloads:
     def _signature(self, path: str, file: str, until: int) -> str:
         said = f"{path}\0{file}\0{until}".encode()
         return hmac.new(self._secret, said, hashlib.sha256).hexdigest()
-
-
-def _tarred(files: list[Path]) -> IO[bytes]:
-    made = tempfile.TemporaryFile()  # noqa: SIM115  (closed when it was streamed)
-    with tarfile.open(fileobj=made, mode="w") as tar:
-        for file in files:
-            tar.add(file, arcname=file.name)
-    made.seek(0)
-    return made
 
 
 def _read(file: IO[bytes]) -> Iterator[bytes]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from sqlalchemy import Connection, update
 
-from plait.service.database.tables import checkpoints, runs
+from plait.service.database.tables import checkpoints, runs, samplers
 from plait.service.engine.frames import Header
 from plait.service.operations import Also, Operation, Outcome, insert_new
 
@@ -36,6 +36,15 @@ def _saved(connection: Connection, operation: Operation, said: Header, now: floa
     connection.execute(
         insert.on_conflict_do_update(index_elements=["path"], set_={**values, "public": False})
     )
+
+
+def failed_with(operation: Operation, now: float) -> Also | None:
+    """What is written with a failure; None where it is nothing."""
+    if operation.kind != "take_view":
+        return None
+    mine = samplers.c.id == operation.options["sampler"]
+    closed = update(samplers).where(mine).values(closed_at=now)
+    return lambda connection: connection.execute(closed)
 
 
 def together(effects: Iterable[Also | None]) -> Also:

@@ -18,9 +18,27 @@ import httpx
 from plait.service.errors import ServiceError
 
 MOST_REDIRECTS = 3
-SECONDS = 30.0
+SECONDS, TOGETHER_SECONDS = 30.0, 120.0
+"""For an answer, and for all of a file."""
+
 _UPLOAD = re.compile(r"sha256:([0-9a-f]{64})")
 _DATA = re.compile(r"data:(?P<type>[\w.+/-]*)(?P<options>(?:;[^,;]+)*),", re.ASCII)
+
+
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_SPECIAL = ipaddress.IPv4Network("192.0.0.0/24")
+
+
+def _is_public(text: str) -> bool:
+    """Whether an address is of the open network, and so is the one that it may stand for."""
+    address = ipaddress.ip_address(text)
+    if isinstance(address, ipaddress.IPv4Address):
+        return address.is_global and address not in _SPECIAL
+    inner = address.ipv4_mapped or address.sixtofour
+    if address in _NAT64:
+        inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    inside = inner is None or _is_public(str(inner))
+    return address.is_global and inside and address.teredo is None
 
 
 class Fetcher:
@@ -43,12 +61,18 @@ class Fetcher:
             return upload[1]
         if url.startswith("data:"):
             return self._data(url)
-        if not self._hosts or urlsplit(url).scheme not in ("http", "https"):
+        if not self._hosts or not url.startswith(("http://", "https://")):
             raise ServiceError(
                 "media come as data: addresses, or as sha256:... of an upload"
                 + ("; http(s) addresses of hosts that the operator allows" if self._hosts else "")
             )
-        return await self._fetched(url)
+        try:
+            async with asyncio.timeout(TOGETHER_SECONDS):
+                return await self._fetched(url)
+        except TimeoutError as error:
+            raise ServiceError(f"{url[:80]} takes too long; upload it instead") from error
+        except (ValueError, httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ServiceError(f"{url[:80]} cannot be read; upload it instead") from error
 
     def _data(self, url: str) -> bytes:
         head = _DATA.match(url)
@@ -95,7 +119,10 @@ class Fetcher:
         target = parts._replace(netloc=f"{shown}:{port}").geturl()
         named = host if parts.port is None else f"{host}:{port}"
         request = client.build_request(
-            "GET", target, headers={"Host": named}, extensions={"sni_hostname": host}
+            "GET",
+            target,
+            headers={"Host": named, "Accept-Encoding": "identity"},
+            extensions={"sni_hostname": host},
         )
         return request, host
 
@@ -107,7 +134,7 @@ class Fetcher:
             raise ServiceError(f"there is no host {host}") from error
         addresses = [str(entry[4][0]) for entry in found]
         for address in addresses:
-            if not ipaddress.ip_address(address.partition("%")[0]).is_global:
+            if not _is_public(address.partition("%")[0]):
                 raise ServiceError(f"{host} is not a public host; it may not be read from", 403)
         return addresses[0]
 
@@ -121,5 +148,32 @@ class Fetcher:
                 raise self._too_large()
         return bytes(data)
 
+    def check(self, size: int) -> None:
+        """
+        Raises:
+            ServiceError: media of so many bytes are too large.
+        """
+        if size > self._most:
+            raise self._too_large()
+
     def _too_large(self) -> ServiceError:
         return ServiceError(f"a file has up to {self._most} bytes; upload it instead", 413)
+
+
+class Together:
+    """The media of one request, which are in memory at the same time."""
+
+    def __init__(self, fetcher: Fetcher) -> None:
+        self._fetcher, self._size = fetcher, 0
+
+    async def bytes_of(self, url: str) -> bytes | str:
+        """As `Fetcher.bytes_of`.
+
+        Raises:
+            ServiceError: with those before it, it is too large.
+        """
+        found = await self._fetcher.bytes_of(url)
+        if isinstance(found, bytes):
+            self._size += len(found)
+            self._fetcher.check(self._size)
+        return found

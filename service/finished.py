@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,11 @@ class Finished:
         """Those that came later; earlier ones were seen, and are forgotten."""
         self._told = {name: pair for name, pair in self._told.items() if pair[0] > cursor}
         return list(self._told.values())
+
+    def forget(self, names: Collection[str]) -> None:
+        """A client has what came of these."""
+        for name in names:
+            self._told.pop(name, None)
 
     async def more(self) -> None:
         """Wait for another one."""

@@ -71,13 +71,10 @@ class Keeper:
         return work
 
     async def kept(self, scope: Scope, last: int) -> None:
-        """A state counts: the older one is not needed any more."""
+        """A state counts: older ones are not needed any more, those neither that a kill left."""
         _LOG.info("state_kept", run=scope.id, seq=last)
-        older, scope.kept = min(scope.kept, last), max(scope.kept, last)
-        scope.cost = 0.0
-        if 0 <= older < scope.kept:
-            path = f"tinker://{scope.id}/weights/{older}"
-            await self._ask(scope, {"do": "forget", "paths": [path]}, scope.life)
+        scope.kept, scope.cost = max(scope.kept, last), 0.0
+        await self._ask(scope, {"do": "forget", "paths": [], "below": scope.kept}, scope.life)
 
     async def _save_view(self, name: str, life: int) -> str:
         path = f"tinker://{name}/sampler_weights/kept"

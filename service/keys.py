@@ -1,5 +1,6 @@
 """Keys: who may do what. A key is shown once, when it is made; only its hash is kept."""
 
+import asyncio
 import hashlib
 import hmac
 import secrets
@@ -52,8 +53,8 @@ class Keys:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._checked: dict[str, tuple[Caller, float]] = {}
-        self._any: bool | None = None
-        self._look_again = 0.0
+        self._any, self._look_again = False, 0.0
+        self._looking = asyncio.Lock()
 
     async def create(
         self, owner: str, role: str, label: str, now: float, by: str = OPERATOR
@@ -110,16 +111,22 @@ class Keys:
         )
 
     async def any(self) -> bool:
-        """Whether a key was ever made: from then on one is needed."""
-        if not self._any and time.monotonic() >= self._look_again:
-            self._look_again = time.monotonic() + self._LOOK_SECONDS
-            count = await self._database.read(
-                lambda connection: connection.execute(
-                    select(func.count()).select_from(keys)
-                ).scalar()
-            )
-            self._any = bool(count)
-        return bool(self._any)
+        """Whether a key was ever made: from then on one is needed.
+
+        Who asks while it is looked up waits for the answer: until then nobody may be let in.
+        """
+        if self._any:
+            return True
+        async with self._looking:
+            if not self._any and time.monotonic() >= self._look_again:
+                count = await self._database.read(
+                    lambda connection: connection.execute(
+                        select(func.count()).select_from(keys)
+                    ).scalar()
+                )
+                self._any = bool(count)
+                self._look_again = time.monotonic() + self._LOOK_SECONDS
+        return self._any
 
     async def check(self, key: str, now: float) -> Caller:
         """

@@ -5,6 +5,7 @@ import contextlib
 import json
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import structlog
 import zstandard
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from plait.service.errors import ServiceError
+from plait.service.errors import BusyError, ServiceError
 from plait.service.metrics import REQUESTS, SECONDS
 
 _LOG = structlog.get_logger()
@@ -23,7 +24,19 @@ STREAMED = ("/api/v1/media",)
 BINARY = ("/api/v1/forward_backward",)
 """Paths whose bodies are not JSON."""
 
-_SLOWEST = 10_000
+LARGE = (
+    *BINARY, "/api/v1/asample", "/api/v1/stream", "/api/v1/render", "/v1/chat/completions",
+    "/v1/completions",
+)  # fmt: skip
+"""Paths whose bodies carry prompts, data and media."""
+
+_OTHERS = 4_000_000
+"""Bytes of any other body: it is read at once, and others wait meanwhile."""
+
+_UNKNOWN = 65_536
+"""Bytes of a body that is read before it is known who sends it."""
+
+_SLOWEST = 100_000
 """Bytes a second of a body, at least."""
 
 _LINGER_SECONDS, _LINGER_BYTES = 2.0, 32_000_000
@@ -76,17 +89,37 @@ class Observed:
             )  # fmt: skip
 
 
+OwnerOf = Callable[[Scope], Awaitable[str]]
+
+
+async def anybody(_: Scope) -> str:
+    """Where nobody is asked who they are."""
+    return ""
+
+
 class Bounded:
     """Reads bodies up to a size, and unpacks those that are zstd-compressed, up to the same.
 
     Args:
         most: Bytes of one body.
-        together: Bytes of all bodies that are in memory, those that are still coming too.
+        together: Bytes of all bodies that are in memory, those that are still coming too; of one
+            owner's, half of them.
         patience: Seconds that a client may send nothing in the middle of a body.
+        owner_of: Who sends a request that says these headers; raises ServiceError where nobody may.
     """
 
-    def __init__(self, app: ASGIApp, most: int, together: int, patience: float = 30.0) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        most: int,
+        together: int,
+        patience: float = 30.0,
+        owner_of: OwnerOf = anybody,
+    ) -> None:
         self._app, self._most, self._left, self._patience = app, most, together, patience
+        self._share, self._owner_of = together // 2, owner_of
+        self._of: dict[str, int] = {}
+        """Bytes of each owner's bodies."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].startswith(STREAMED):
@@ -95,6 +128,8 @@ class Bounded:
         held = _Held()
         try:
             try:
+                if self._may_be_large(scope):
+                    held.owner = await self._owner_of(scope)
                 body = await self._body(scope, receive, held)
             except ServiceError as error:
                 await _refuse(receive, send, error)
@@ -102,29 +137,42 @@ class Bounded:
             if body is not None:  # None: the client went away
                 await self._app(scope, _replaying(body, receive), send)
         finally:
-            self._left += held.bytes
+            self._let_go(held)
 
-    async def _body(self, scope: Scope, receive: Receive, held: "_Held") -> bytes | None:
-        headers = dict(scope["headers"])
+    def _may_be_large(self, scope: Scope) -> bool:
+        """Whether it must be known who sends a body before it is read.
+
+        Raises:
+            ServiceError: the length that it says is none, or too large.
+        """
         if "\0" in scope["path"]:
             raise ServiceError("a path has no zero bytes")
+        headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or len(length) > 18 or int(length) > self._most:
-            raise _too_large(self._most)
+        if not length.isdigit() or len(length) > 18 or int(length) > self._most_of(scope):
+            raise _too_large(self._most_of(scope))
+        grows = b"transfer-encoding" in headers or b"content-encoding" in headers
+        return grows or int(length) > _UNKNOWN
+
+    def _most_of(self, scope: Scope) -> int:
+        return self._most if scope["path"] in LARGE else min(self._most, _OTHERS)
+
+    async def _body(self, scope: Scope, receive: Receive, held: "_Held") -> bytes | None:
+        headers, most = dict(scope["headers"]), self._most_of(scope)
         encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").lower()
         if encoding not in ("identity", "zstd"):
             raise ServiceError(f"a body is plain or zstd-compressed; it is {encoding[:40]}", 415)
-        body = await self._read(receive, held)
+        body = await self._read(receive, held, most)
         if body is None:
             return None
         if encoding == "zstd":
-            body = await asyncio.to_thread(unpacked, body, self._most)
+            body = await asyncio.to_thread(unpacked, body, most)
             self._hold(held, len(body))
         if scope["path"] not in BINARY and crowded(body):
             raise ServiceError("a JSON body has too many values; send less at once", 413)
         return body
 
-    async def _read(self, receive: Receive, held: "_Held") -> bytes | None:
+    async def _read(self, receive: Receive, held: "_Held", most: int) -> bytes | None:
         parts, size, begun = list[bytes](), 0, time.monotonic()
         while True:
             try:
@@ -139,8 +187,8 @@ class Bounded:
                 return None
             parts.append(message.get("body", b""))
             size += len(parts[-1])
-            if size > self._most:
-                raise _too_large(self._most)
+            if size > most:
+                raise _too_large(most)
             self._hold(held, len(parts[-1]))
             if not message.get("more_body", False):
                 return b"".join(parts)
@@ -152,8 +200,17 @@ class Bounded:
         """
         if size > self._left:
             raise ServiceError("the server is reading too much already; try again", 503, "server")
-        self._left -= size
+        mine = self._of.get(held.owner, 0) + size
+        if mine > self._share:
+            raise BusyError("too much of what you send is being read already; try again")
+        self._left, self._of[held.owner] = self._left - size, mine
         held.bytes += size
+
+    def _let_go(self, held: "_Held") -> None:
+        self._left += held.bytes
+        left = self._of.pop(held.owner, 0) - held.bytes
+        if left:
+            self._of[held.owner] = left
 
 
 @dataclass(slots=True)
@@ -161,6 +218,7 @@ class _Held:
     """Bytes of memory that one request has for its body."""
 
     bytes: int = 0
+    owner: str = ""
 
 
 def _replaying(body: bytes, receive: Receive) -> Receive:

@@ -20,7 +20,7 @@ MOST_AT_HAND = 65_536
 """Bytes of a result that is handed over from memory."""
 
 _MAKES = ("create", "check_loss")
-_MOST_DELETED = 10_000
+_MOST_CHANGED = 2_000
 """Rows at once: others wait for the database meanwhile."""
 
 Also = Callable[[Connection], object]
@@ -67,9 +67,13 @@ class Operation:
     answer: bytes | None = None
     """The result, where it is small: for those who wait for it now."""
 
+    described: int = 0
+    """Bytes of `options` where they are written."""
+
     @property
     def size(self) -> int:
-        return self.body.length if self.body is not None else 0
+        """Bytes that it has in memory and on the disk."""
+        return self.described + (self.body.length if self.body is not None else 0)
 
     @property
     def repeats(self) -> bool:
@@ -136,13 +140,14 @@ class JobLog:
             ServiceError: this number of the scope was given to another request.
         """
         digest, name = digest_of(kind, options, body), uuid.uuid4().hex
+        said = json.dumps(options)
         refs: list[Ref] = []
 
         def work(connection: Connection, *given: Ref) -> Row[Any] | None:
             refs[:] = given
             values = {
                 "id": name, "owner": owner, "scope": scope, "seq": seq, "kind": kind,
-                "options_json": json.dumps(options), "digest": digest, "state": "queued",
+                "options_json": said, "digest": digest, "state": "queued",
                 "body": str(given[0]) if given else None, "attempts": 0, "created_at": now,
             }  # fmt: skip
             # Drivers disagree on how many rows such an insert says it has written.
@@ -158,7 +163,7 @@ class JobLog:
         if row is None:
             made = Operation(
                 name, owner, scope, seq, kind, options, digest,
-                refs[0] if refs else None, created_at=now, held=body,
+                refs[0] if refs else None, created_at=now, held=body, described=len(said),
             )  # fmt: skip
             return made, True
         there = of_row(row)
@@ -352,7 +357,7 @@ class JobLog:
         """
         c = operations.c
         old = (c.state == "gone") & (c.finished_at < before) & c.kind.not_in(_MAKES)
-        some = select(c.id).where(old).limit(_MOST_DELETED)
+        some = select(c.id).where(old).limit(_MOST_CHANGED)
         await self._database.write(
             lambda connection: connection.execute(delete(operations).where(c.id.in_(some)))
         )
@@ -364,15 +369,21 @@ class JobLog:
         old = (c.delivered_at < now - retention) | (c.finished_at < now - undelivered)
         covered = kept.is_(None) | (c.seq <= kept)
 
-        def work(connection: Connection) -> int:
-            gone = connection.execute(
-                update(operations)
-                .where(c.state.in_(("done", "failed")) & old & covered)
-                .values(state="gone", body=None, result=None)
+        ended = c.state.in_(("done", "failed"))
+        some = select(c.id).where(ended & old & covered).limit(_MOST_CHANGED)
+        gone = {"state": "gone", "body": None, "result": None, "options_json": "{}"}
+        count, found = 0, _MOST_CHANGED
+        while found == _MOST_CHANGED:  # looked for by a reader, so that writes go on meanwhile
+            names = await self._database.read(
+                lambda connection: list(connection.execute(some).scalars())
             )
-            return gone.rowcount
-
-        count = await self._database.write(work)
+            await self._database.write(
+                lambda connection, names=names: connection.execute(
+                    update(operations).where(c.id.in_(names) & ended).values(**gone)
+                )
+            )
+            found = len(names)
+            count += found
         # Taken first: what is promised from here on lies in this file or in a later one.
         current = self._database.payloads.current
         needed = await self._database.read(
@@ -403,6 +414,7 @@ def of_row(row: Row[Any]) -> Operation:
         error=row.error,
         category=row.category,
         created_at=row.created_at,
+        described=len(row.options_json),
     )
     if made.state != "queued":
         made.ended.set()

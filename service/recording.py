@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from plait.service.effects import outcome_of, together, written_with
+from plait.service.effects import failed_with, outcome_of, together, written_with
 from plait.service.engine.frames import Header
 from plait.service.engine.host import EngineDiedError
 from plait.service.errors import ServiceError
@@ -97,6 +97,8 @@ class Recorder:
         await self.end(operation, _failed(error), also)
 
     async def end(self, operation: Operation, outcome: Outcome, also: Also | None = None) -> None:
+        if outcome.error is not None:
+            also = together([also, failed_with(operation, self._clock())])
         try:
             await self._retrying(lambda: self._log.finish(operation, outcome, self._clock(), also))
         except Exception as error:

@@ -12,10 +12,10 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import structlog
-from sqlalchemy import select
+from sqlalchemy import Row, select
 
 from plait.service.database.database import Database
-from plait.service.database.tables import runs, samplers
+from plait.service.database.tables import checkpoints, runs, samplers
 from plait.service.engine.frames import Header
 from plait.service.engine.host import EngineDiedError, raise_error
 from plait.service.errors import ServiceError, UnavailableError
@@ -185,6 +185,7 @@ class Restorer:
         if row.kept_path is not None:
             header |= {"path": row.kept_path, "kept": True}
         else:
+            await self._unchanged(row)
             header |= {"path": row.model_path} if row.model_path else {}
             header["spec"] = json.loads(row.spec_json) if row.spec_json else None
         life = scope.host.life
@@ -192,6 +193,20 @@ class Restorer:
             said, _ = await scope.host.send(message_of(scope, None, header), life=life)
             raise_error(said)
         scope.life = life
+
+    async def _unchanged(self, sampler: Row[Any]) -> None:
+        """
+        Raises:
+            ServiceError: its checkpoint was saved anew since: these would be other weights.
+        """
+        c = checkpoints.c
+        saved = select(c.created_at).where(c.path == sampler.model_path)
+        at = await self._database.read(lambda connection: connection.execute(saved).scalar())
+        if at is not None and at > sampler.created_at:
+            raise ServiceError(
+                f"{sampler.model_path} was saved anew after {sampler.id} was made: create another "
+                "sampler"
+            )
 
     async def _taken(self, run: str, seq: int) -> None:
         """The operation that takes a view is done.

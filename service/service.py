@@ -431,6 +431,7 @@ def _engine_options(settings: ServiceSettings) -> dict[str, Any]:
     return {
         "data_dir": str(settings.data_dir.resolve()),
         "capacity": settings.engine_capacity,
+        "media_bytes": settings.media_bytes,
         "sampler_memory_mb": settings.sampler_memory_mb,
         "devices": settings.devices,
         "threads": settings.threads,

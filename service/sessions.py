@@ -5,11 +5,12 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, select, update
 
 from plait.service.database.database import Database
 from plait.service.database.tables import sessions
 from plait.service.errors import NotFoundError, ServiceError
+from plait.service.operations import insert_new
 
 
 class Sessions:
@@ -32,7 +33,9 @@ class Sessions:
             "seen_at": now,
         }
         await self._database.write(
-            lambda connection: connection.execute(insert(sessions).values(**values))
+            lambda connection: connection.execute(
+                insert_new(connection, sessions).values(**values).on_conflict_do_nothing()
+            )
         )
         self._seen[name] = (owner, now, now)
         return name

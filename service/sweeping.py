@@ -12,8 +12,9 @@ _TOGETHER = 100
 
 
 async def close_forgotten(database: Database, host: EngineHost, before: float) -> int:
-    """Close samplers that sampled last before that time and whose session was seen last before it,
-    and remove the weights that were kept of samplers that are closed; how many.
+    """Close samplers that sampled last before that time, if their session was seen last before it
+    or they are of a run's weights at some step, of which a session makes very many; and remove the
+    weights that were kept of samplers that are closed; how many.
 
     Raises:
         UnavailableError: the database or the engine is away; it is tried again.
@@ -26,7 +27,8 @@ async def close_forgotten(database: Database, host: EngineHost, before: float) -
     def close(connection: Connection) -> list[Any]:
         connection.execute(
             update(samplers)
-            .where(s.closed_at.is_(None) & s.session_id.in_(forgotten) & ~samples)
+            .where(s.closed_at.is_(None) & (s.created_at < before) & ~samples)
+            .where(s.session_id.in_(forgotten) | s.run_id.is_not(None))
             .values(closed_at=before)
         )
         kept = select(s.id, s.kept_path).where(s.closed_at.is_not(None) & s.kept_path.is_not(None))

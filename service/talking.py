@@ -10,6 +10,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from sqlalchemy import select
 
@@ -101,7 +102,9 @@ class Talks:
     def __init__(self, service: "Service") -> None:
         self._service = service
         self._open: dict[str, int] = {}
-        self._lock = asyncio.Lock()
+        self._opening: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """By the weights that are being opened."""
+
         self._recent: dict[str, None] = {}
         """Checkpoints that were opened, the one used last at the end."""
 
@@ -128,24 +131,40 @@ class Talks:
             ServiceError: there is no such model, or the engine does not come back.
             BusyError: this owner has too many conversations at once.
         """
-        if self._open.get(caller.owner, 0) >= _MOST_AT_ONCE:
-            raise BusyError(f"{_MOST_AT_ONCE} conversations of this owner are open; try later")
+        self.enter(caller.owner)
+        try:
+            return await self._begun(caller, model, prompt, asked)
+        except BaseException:
+            self.leave(caller.owner)
+            raise
+
+    async def _begun(self, caller: Caller, model: str, prompt: Any, asked: Asked) -> Talk:
+        await self._service.runner.rate.enter(caller.owner)
         scope, drop = await self._weights(caller, model)
         seed = asked.seed if asked.seed is not None else uuid.uuid4().int % 2**62
         header = {
-            "do": "chat", "scope": scope, "seed": seed, "operation": uuid.uuid4().hex,
-            "owner_key": owner_folder(caller.owner),
+            "do": "chat", "lane": self._lane(caller, scope), "scope": scope, "seed": seed,
+            "operation": uuid.uuid4().hex, "owner_key": owner_folder(caller.owner),
         }  # fmt: skip
         body = {
             "prompt": prompt, "sampling_params": asked.sampling_params(), "n": asked.n,
             "stream": asked.stream,
         }  # fmt: skip
-        self._open[caller.owner] = self._open.get(caller.owner, 0) + 1
         talk = Talk(self._service, header, json.dumps(body).encode(), drop)
-        talk._task.add_done_callback(lambda _: self._ended(caller.owner))
+        talk._task.add_done_callback(lambda _: self.leave(caller.owner))
         return talk
 
-    def _ended(self, owner: str) -> None:
+    def enter(self, owner: str) -> None:
+        """Count an answer that is given at once; `leave` ends it.
+
+        Raises:
+            BusyError: too many of this owner are being given.
+        """
+        if self._open.get(owner, 0) >= _MOST_AT_ONCE:
+            raise BusyError(f"{_MOST_AT_ONCE} conversations of this owner are open; try later")
+        self._open[owner] = self._open.get(owner, 0) + 1
+
+    def leave(self, owner: str) -> None:
         self._open[owner] -= 1
         if not self._open[owner]:
             del self._open[owner]
@@ -159,7 +178,8 @@ class Talks:
             return scope, None
         if model.startswith("tinker://"):
             saved = await service.checkpoint(caller, model)
-            scope = f"talk:{saved.path}"
+            # Saved anew under its name, it is another one.
+            scope = f"talk:{saved.path}@{saved.created_at}"
             await self.ready(scope)
             return scope, None
         try:
@@ -186,8 +206,9 @@ class Talks:
             spec = catalog.sampling_spec(self._service.settings.models[name])
             header["spec"] = catalog.spec_values(spec)
         else:
-            header["path"] = name
-        async with self._lock:
+            header["path"] = name.rpartition("@")[0]
+        lock = self._opening.setdefault(scope, asyncio.Lock())
+        async with lock:
             await self._service.host.call(header)
             if "path" in header:
                 self._recent.pop(scope, None)
@@ -209,9 +230,16 @@ class Talks:
         await self.engine_up()
         if model in self._service.settings.models:
             await self.ready(f"talk:{model}")
-            return await self._service.host.call({**header, "scope": f"talk:{model}"}, body)
+            scope = f"talk:{model}"
+            lane = {"scope": scope, "lane": self._lane(caller, scope)}
+            return await self._service.host.call({**header, **lane}, body)
         run = await self._service.run(caller, model)
         return await self._service.runner.with_scope(run.id, header, body)
+
+    def _lane(self, caller: Caller, scope: str) -> str:
+        """What is done in order: of a base model, which stays, an owner's own requests alone."""
+        stays = scope.removeprefix("talk:") in self._service.settings.models
+        return f"{scope} of {caller.owner}" if stays else scope
 
     async def engine_up(self) -> None:
         """Wait for an engine that is being started.

@@ -11,7 +11,10 @@ import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from plait.service.errors import NotFoundError, ServiceError
+from plait.service.errors import NotFoundError, ServiceError, UnavailableError
+
+PATIENCE = 30.0
+"""Seconds that a sender may send nothing."""
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 
@@ -74,7 +77,7 @@ class Uploads:
         self._busy.add(part)
         try:
             with part.open("ab") as file:
-                async for block in content:
+                async for block in _patiently(content):
                     if file.tell() + len(block) > self._most:
                         raise ServiceError(f"an upload has up to {self._most} bytes", 413)
                     if self._used[owner] + len(block) > self._together:
@@ -87,6 +90,8 @@ class Uploads:
                     self._used[owner] += len(block)
                 await asyncio.to_thread(_sync, file.fileno(), file)
             return part.stat().st_size
+        except OSError as error:
+            raise UnavailableError(f"the disk did not take it: {error.strerror}") from error
         finally:
             self._busy.discard(part)
 
@@ -133,6 +138,22 @@ class Uploads:
         """It was looked at: it may be used from now on."""
         if part.name.startswith(".part-"):
             part.replace(part.with_name(part.name.removeprefix(".part-")))
+
+
+async def _patiently(content: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """
+    Raises:
+        ServiceError: the sender is silent: another one may go on.
+    """
+    while True:
+        try:
+            async with asyncio.timeout(PATIENCE):
+                block = await anext(content)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise ServiceError("the upload comes too slowly; go on with it", 408) from None
+        yield block
 
 
 def _checked(sha256: str) -> str:

@@ -62,10 +62,14 @@ class Payloads:
         return self.root / f"{number:010d}.bin"
 
     def _open(self, number: int) -> None:
-        self._number, self._length = number, 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        self._descriptor = os.open(self._path(number), flags, 0o600)
-        _sync_folder(self.root)
+        descriptor = os.open(self._path(number), flags, 0o600)
+        try:
+            _sync_folder(self.root)
+        except OSError:
+            os.close(descriptor)
+            raise
+        self._descriptor, self._number, self._length = descriptor, number, 0
 
     def keep(self, blobs: Sequence[bytes]) -> list[Ref]:
         """Write payloads and sync them; where that fails, nothing of them stays.
@@ -75,8 +79,9 @@ class Payloads:
         """
         with self._lock:
             if self._length >= self._file_bytes:
-                os.close(self._descriptor)
+                full = self._descriptor
                 self._open(self._number + 1)
+                os.close(full)
             before, refs = self._length, []
             try:
                 for blob in blobs:

@@ -15,7 +15,7 @@ from plait.encoders import weights
 from plait.errors import DataError, MediaError
 from plait.modalities import Audio, Image, Limits, Video
 from plait.primitives.sampling import settings_of
-from plait.service.engine.chat import Growing, answered, rendered, sample_of
+from plait.service.engine.chat import Growing, answered, check_texts, rendered, sample_of, texts_of
 from plait.service.engine.frames import Header
 from plait.service.engine.worker import Answer, Worker, then
 from plait.service.wire import sampling as wire_sampling
@@ -99,6 +99,7 @@ def render_sample(worker: Worker, header: Header, body: bytes) -> Answer:
     hosted, given = worker.held(header["scope"]), json.loads(body)
     sample = sample_of(given, worker.uploaded(header))
     built = hosted.built
+    check_texts(texts_of(sample), built)
     prompt = bool(given["for_generation"])
     document = render(sample, built.tokenizer, built.layout, for_generation=prompt)
     said: Header = {"lengths": [length for _, length in pieces_of(document)]}

@@ -25,6 +25,9 @@ MOST_BYTES = 1 << 29
 MOST_WORK = 1 << 34
 """Values read, written or multiplied in one call: seconds of one core."""
 
+LEAST_WORK = 1 << 14
+"""Of an operation, however small: to begin one takes as long as so many values."""
+
 MOST_PARTS = 4096
 """Into which a tensor is split."""
 
@@ -84,7 +87,8 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else:
                 made = _made(func, name, args, kwargs, tensors)
             self._charge(made, view)
-            self._budget.spend(_work(name, args, max(read, sum(size for size, _ in made))))
+            work = _work(name, args, max(read, sum(size for size, _ in made)))
+            self._budget.spend(max(work, LEAST_WORK))
         return func(*args, **kwargs)
 
     def _charge(self, made: Sequence[tuple[int, int]], view: bool) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from plait.errors import DataError
@@ -26,10 +27,12 @@ def rendered(given: Any, built: Built, uploaded: Uploaded) -> Document:
         DataError: a message has another form, or the model cannot read one of its parts.
     """
     if isinstance(given, str):
+        check_texts([given], built)
         ids = built.tokenizer(given).input_ids
         return prompt_of(ModelInput.from_ints(ids), built)
     messages = tuple(_message(one, uploaded) for one in given)
     sample = Sample(messages=messages)
+    check_texts(texts_of(sample), built)
     return render(sample, built.tokenizer, built.layout, for_generation=True)
 
 
@@ -45,6 +48,31 @@ def sample_of(given: Any, uploaded: Uploaded) -> Sample:
     )
     parts = tuple(_part(one, uploaded) for one in given.get("parts", ()))
     return Sample(messages=messages, parts=parts)
+
+
+def texts_of(sample: Sample) -> list[str]:
+    return [part.text for part in sample.every_part() if isinstance(part, Text)]
+
+
+def check_texts(texts: Sequence[str], built: Built) -> None:
+    """Whether texts could fit at all: to find out by their tokens takes long where they do not.
+
+    Raises:
+        DataError: they could not.
+    """
+    context, length = built.base.backbone.context, sum(map(len, texts))
+    if context is None or length <= context:
+        return
+    if length > context * _longest_token(built.tokenizer):
+        raise DataError(
+            f"texts of {length} characters cannot be the {context} tokens that this model reads "
+            "at most: send less"
+        )
+
+
+@lru_cache(maxsize=16)
+def _longest_token(tokenizer: Any) -> int:
+    return max(map(len, tokenizer.get_vocab()))
 
 
 def _message(given: Any, uploaded: Uploaded) -> Message:
@@ -74,13 +102,24 @@ class Growing:
     stops: Sequence[str] = ()
     tokens: list[int] = field(default_factory=list)
     told: str = ""
+    grown: str = ""
+    """The text of the tokens so far, decoded a few at a time."""
+
+    before: int = 0
+    after: int = 0
+    """Tokens from `before` on are decoded again with each new one, of which those up to `after` are
+    in `grown`: what a token adds depends on its neighbours, and all of them would take long."""
 
     def add(self, token: int) -> str:
         """What can be told of its text now and could not before."""
         self.tokens.append(token)
-        text = self.text()
-        if text.endswith("\ufffd"):  # the first bytes of a character
+        known = self._decoded(self.tokens[self.before : self.after])
+        both = self._decoded(self.tokens[self.before :])
+        if both.endswith("\ufffd"):  # the first bytes of a character
             return ""
+        self.grown += both[len(known) :]
+        self.before, self.after = self.after, len(self.tokens)
+        text = self._cut(self.grown)
         held = max((len(stop) for stop in self.stops), default=1) - 1
         return self._tell(text[: len(text) - held] if held else text)
 
@@ -90,7 +129,13 @@ class Growing:
 
     def text(self) -> str:
         """All of it, up to the first stop."""
-        text: str = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        return self._cut(self._decoded(self.tokens))
+
+    def _decoded(self, tokens: list[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    def _cut(self, text: str) -> str:
         ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
         return text[: min(ends)] if ends else text
 

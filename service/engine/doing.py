@@ -3,6 +3,7 @@
 python -m plait.service.engine.doing DESCRIPTOR
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -24,7 +25,7 @@ from plait.primitives.training import forward_backward_output
 from plait.service.engine import answering
 from plait.service.engine.frames import Channel, Header
 from plait.service.engine.graphs import Graph
-from plait.service.engine.worker import Answer, Does, Hosted, Worker, then, told
+from plait.service.engine.worker import Answer, Apart, Does, Hosted, Worker, then, told
 from plait.service.wire import sampling as wire_sampling
 from plait.service.wire import training as wire_training
 from plait.trainer.build import Built, parameter_counts
@@ -81,15 +82,21 @@ def drop(worker: Worker, header: Header, _: bytes) -> Answer:
     return {"result": {}}, b""
 
 
-def forward_backward(worker: Worker, header: Header, body: bytes) -> "Future[Answer]":
+def forward_backward(
+    worker: Worker, header: Header, body: bytes
+) -> "Answer | Future[Answer] | Apart":
     """Where it cannot begin, the next step refuses once, as where it fails on its way."""
     hosted = worker.held(header["scope"])
-    try:
-        return _forward_backward(worker, header, body, hosted)
-    except Exception as error:
-        if not header["forward"]:
-            worker.engine.submit(commands.Abandon(hosted.name, told(error)))
-        raise
+
+    def begin() -> "Future[Answer]":
+        try:
+            return _forward_backward(worker, header, body, hosted)
+        except Exception as error:
+            if not header["forward"]:
+                worker.engine.submit(commands.Abandon(hosted.name, told(error)))
+            raise
+
+    return Apart(begin) if "graph" in header else begin()
 
 
 def _forward_backward(
@@ -227,12 +234,23 @@ def keep(worker: Worker, header: Header, _: bytes) -> "Future[Answer]":
 
 def forget(worker: Worker, header: Header, _: bytes) -> Answer:
     """States that newer ones have replaced, and weights of samplers that are closed."""
-    for path in header["paths"]:
+    paths = [*header["paths"], *_older(worker, header["scope"], header.get("below", 0))]
+    for path in paths:
         try:
             worker.kept.delete(Place.of(path))
         except ConfigError:  # it is gone already
             continue
     return {"result": {}}, b""
+
+
+def _older(worker: Worker, run: str, number: int) -> list[str]:
+    """Kept states of a run before that of an operation's number."""
+    if not number:
+        return []
+    folder = Place(run, "weights", str(number)).under(worker.kept.root).parent
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    older = [name for name in names if name.isdigit() and int(name) < number]
+    return [Place(run, "weights", name).path for name in older]
 
 
 def take_view(worker: Worker, header: Header, _: bytes) -> Answer:
@@ -316,7 +334,9 @@ def check_loss(worker: Worker, header: Header, _: bytes) -> Answer:
 
 
 def delete(worker: Worker, header: Header, _: bytes) -> Answer:
-    worker.store.delete(Place.of(header["path"]))
+    """A checkpoint; one that is gone already is as it should be."""
+    with contextlib.suppress(ConfigError):
+        worker.store.delete(Place.of(header["path"]))
     return {"result": {}}, b""
 
 

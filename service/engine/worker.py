@@ -35,8 +35,18 @@ from plait.trainer.store import Store
 _THREADS = 16
 """That read requests and write answers, of different runs at once."""
 
+_APART = 2
+"""Threads for what may take long: the others answer everybody."""
+
 Answer = tuple[Header, bytes]
-Does = Mapping[str, Callable[["Worker", Header, bytes], "Answer | Future[Answer]"]]
+Does = Mapping[str, Callable[["Worker", Header, bytes], "Answer | Future[Answer] | Apart"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """What is done on a thread of its own kind, before anything else of its scope."""
+
+    work: Callable[[], "Answer | Future[Answer]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +62,14 @@ class Lanes:
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool, self._lock = pool, threading.Lock()
-        self._waiting: dict[str, deque[Callable[[], None]]] = {}
+        self._waiting: dict[str, deque[Callable[[], Future[None] | None]]] = {}
         """By scope, the one that is being done first; a scope without tasks is not there."""
 
-    def put(self, scope: str, task: Callable[[], None]) -> None:
+    def put(self, scope: str, task: Callable[[], "Future[None] | None"]) -> None:
+        """
+        Args:
+            task: May return what the scope's next one waits for.
+        """
         with self._lock:
             if scope in self._waiting:
                 self._waiting[scope].append(task)
@@ -64,7 +78,13 @@ class Lanes:
         self._pool.submit(self._work, scope)
 
     def _work(self, scope: str) -> None:
-        self._waiting[scope][0]()
+        held = self._waiting[scope][0]()
+        if held is None:
+            self._go_on(scope)
+        else:
+            held.add_done_callback(lambda _: self._go_on(scope))
+
+    def _go_on(self, scope: str) -> None:
         with self._lock:
             self._waiting[scope].popleft()
             if not self._waiting[scope]:
@@ -90,7 +110,7 @@ class Worker:
         self.kept = Store(data_dir / "recovery")
         self.store.open()
         self.kept.open()
-        self.uploads = data_dir / "media"
+        self.uploads, self._most_uploaded = data_dir / "media", options["media_bytes"]
         self.engine = Engine(
             EngineSettings(
                 capacity=options["capacity"],
@@ -101,6 +121,7 @@ class Worker:
         self.decoder = Decoder()
         self.hosted: dict[str, Hosted] = {}
         self._pool = ThreadPoolExecutor(_THREADS, "plait-requests")
+        self._apart = ThreadPoolExecutor(_APART, "plait-apart")
         self._lanes = Lanes(self._pool)
 
     def run(self) -> None:
@@ -108,19 +129,31 @@ class Worker:
         self._channel.send({"event": "ready", "pid": os.getpid()})
         while (message := self._channel.receive()) is not None:
             header, body = message
-            self._lanes.put(header.get("scope", ""), partial(self._begin, header, body))
+            lane: str = header.get("lane") or header.get("scope", "")
+            self._lanes.put(lane, partial(self._begin, header, body))
 
-    def _begin(self, header: Header, body: bytes) -> None:
+    def _begin(self, header: Header, body: bytes) -> "Future[None] | None":
         """Start one message; its answer goes out when it is done."""
+        return self._answering(header, lambda: self._does[header["do"]](self, header, body))
+
+    def _answering(
+        self, header: Header, work: Callable[[], "Answer | Future[Answer] | Apart"]
+    ) -> "Future[None] | None":
         try:
-            answer = self._does[header["do"]](self, header, body)
+            answer = work()
         except BaseException as error:
             self._failed(header, error)
-            return
+            return None
+        if isinstance(answer, Apart):
+            return self._apart.submit(lambda: self._told_apart(header, answer.work))
         if isinstance(answer, Future):
             answer.add_done_callback(lambda done: self._pool.submit(self._ended, header, done))
         else:
             self._answer(header, *answer)
+        return None
+
+    def _told_apart(self, header: Header, work: "Callable[[], Answer | Future[Answer]]") -> None:
+        self._answering(header, work)
 
     def _ended(self, header: Header, done: "Future[Answer]") -> None:
         try:
@@ -141,18 +174,27 @@ class Worker:
             os._exit(1)
 
     def uploaded(self, header: Header) -> Callable[[str], bytes]:
-        """The uploads that this message may name."""
-        folder = self.uploads / header.get("owner_key", "none")
+        """The uploads that this message may name, each read once."""
+        folder, here = self.uploads / header.get("owner_key", "none"), dict[str, bytes]()
 
         def read(sha256: str) -> bytes:
+            if sha256 in here:
+                return here[sha256]
             if not (sha256.isalnum() and len(sha256) == 64):
                 raise DataError(f"an upload is named by its SHA-256; got {sha256[:80]!r}")
             try:
-                return bytes((folder / sha256).read_bytes())
+                size = (folder / sha256).stat().st_size + sum(map(len, here.values()))
+                if size > self._most_uploaded:
+                    raise DataError(
+                        f"the uploads of one request have up to {self._most_uploaded} bytes "
+                        "together: send less at once"
+                    )
+                here[sha256] = (folder / sha256).read_bytes()
             except OSError:
                 raise DataError(
                     f"there is no upload {sha256}; POST /api/v1/media brings one"
                 ) from None
+            return here[sha256]
 
         return read
 

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from fastapi import Depends, Query, Request
 from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
+from starlette.types import Scope
 
 from plait.service.errors import ServiceError
 from plait.service.keys import ANYBODY, Caller
@@ -25,13 +27,7 @@ async def caller_of(request: Request, service: Serving) -> Caller:
         ServiceError: there is no key, or it is not known; or it may only read, and this writes.
     """
     _check_query(request)
-    key = request.headers.get("x-api-key") or _bearer(request)
-    if not await service.keys.any() and service.settings.jwt_secret is None:
-        caller = ANYBODY  # the server has seen to it that only this machine can ask
-    elif not key:
-        raise ServiceError("a key is needed: send it in X-API-Key, or as Bearer", 401)
-    else:
-        caller = await service.identify(key)
+    caller = await identified(request.headers, service)
     request.state.caller, reads = caller, _reads(request)
     request.state.changes = not reads and not _marked(request, "x-heartbeat")
     if request.state.changes:
@@ -39,6 +35,28 @@ async def caller_of(request: Request, service: Serving) -> Caller:
     if not caller.may_write() and not reads:
         raise ServiceError("this key may only read", 403)
     return caller
+
+
+async def identified(headers: Headers, service: Service) -> Caller:
+    """
+    Raises:
+        ServiceError: there is no key, or it is not known.
+    """
+    key = headers.get("x-api-key") or _bearer(headers)
+    if not await service.keys.any() and service.settings.jwt_secret is None:
+        return ANYBODY  # the server has seen to it that only this machine can ask
+    if not key:
+        raise ServiceError("a key is needed: send it in X-API-Key, or as Bearer", 401)
+    return await service.identify(key)
+
+
+async def owner_of(scope: Scope) -> str:
+    """Who sends a request, before its body is read.
+
+    Raises:
+        ServiceError: as `identified`.
+    """
+    return (await identified(Headers(scope=scope), scope["app"].state.service)).owner
 
 
 def _check_query(request: Request) -> None:
@@ -81,8 +99,8 @@ def _target(request: Request) -> str:
     return next((str(said[name]) for name in _OBJECTS if isinstance(said.get(name), str)), "")
 
 
-def _bearer(request: Request) -> str | None:
-    kind, _, key = request.headers.get("authorization", "").partition(" ")
+def _bearer(headers: Headers) -> str | None:
+    kind, _, key = headers.get("authorization", "").partition(" ")
     return key.strip() if kind.lower() == "bearer" else None
 
 

@@ -66,6 +66,7 @@ async def retrieve_futures(
     if clone > sampler.joined:
         raise ServiceError(f"{sampler.id} has no client {clone}: join_sampling_session", 422)
     finished = await service.completions.of(sampler.id, clone)
+    finished.forget(body.retrieved_request_ids)
     # A clock that was set back between two servers must not hide what is done.
     cursor = body.prev_cursor if body.prev_cursor <= finished.cursor else 0
     seconds = service.settings.hold_seconds if body.timeout is None else body.timeout

@@ -1,8 +1,9 @@
 """What Plait's own client asks besides: rendering, a tokenizer, tokens as they come."""
 
 import asyncio
+import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -95,12 +96,34 @@ async def stream(
         "operation": f"stream:{sampler}:{seq}",
         "owner_key": owner_folder(caller.owner),
     }  # fmt: skip
-    return StreamingResponse(
-        _lines(service, sampler, header, await request.body()), media_type="application/x-ndjson"
-    )
+    await service.runner.rate.enter(caller.owner)
+    lines = _counted(service, caller.owner, _lines(service, sampler, header, await request.body()))
+    return StreamingResponse(lines, media_type="application/x-ndjson")
 
 
-async def _lines(service: Serving, sampler: str, header: Header, body: bytes) -> AsyncIterator[str]:
+async def _counted(
+    service: Serving, owner: str, lines: AsyncGenerator[str, None]
+) -> AsyncIterator[str]:
+    try:
+        service.talks.enter(owner)
+    except ServiceError as error:
+        yield _error_line(error)
+        return
+    try:
+        async with contextlib.aclosing(lines):
+            async for line in lines:
+                yield line
+    finally:
+        service.talks.leave(owner)
+
+
+def _error_line(error: ServiceError) -> str:
+    return json.dumps({"error": error.message, "category": error.category}) + "\n"
+
+
+async def _lines(
+    service: Serving, sampler: str, header: Header, body: bytes
+) -> AsyncGenerator[str, None]:
     arrived: asyncio.Queue[Header | None] = asyncio.Queue()
     task = asyncio.create_task(service.runner.with_scope(sampler, header, body, arrived.put_nowait))
     task.add_done_callback(lambda _: arrived.put_nowait(None))
@@ -109,7 +132,7 @@ async def _lines(service: Serving, sampler: str, header: Header, body: bytes) ->
             yield json.dumps({key: event[key] for key in ("sequence", "token", "logprob")}) + "\n"
         await task
     except ServiceError as error:
-        yield json.dumps({"error": error.message, "category": error.category}) + "\n"
+        yield _error_line(error)
     finally:
         if not task.done():  # the client has left
             cancelled = {"do": "cancel", "scope": "", "sampler": sampler,

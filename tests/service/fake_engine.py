@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import insert, select
+from sqlalchemy.dialects import sqlite
 
 from plait.service.database.database import Database
 from plait.service.database.migrate import migrate
 from plait.service.database.payloads import Payloads
-from plait.service.database.tables import operations, runs, samplers, sessions
+from plait.service.database.tables import checkpoints, operations, runs, samplers, sessions
 from plait.service.engine.host import EngineDiedError
 from plait.service.operations import JobLog, Operation
 from plait.service.running import Runner
@@ -107,6 +108,10 @@ class FakeEngine:
         elif kind == "forget":
             for path in header["paths"]:
                 del self.disk[path]
+            mine = f"tinker://{scope}/weights/"
+            for path in [path for path in self.disk if path.startswith(mine)]:
+                if int(path.removeprefix(mine)) < header.get("below", 0):
+                    del self.disk[path]
         elif scope not in self.held:
             raise ValueError(f"the engine does not hold {scope}")
         else:
@@ -196,6 +201,24 @@ class World:
                   "run_id": run, "run_seq": seq, "joined": 0, "created_at": 0.0}  # fmt: skip
         return await self.submit(
             run, seq, "take_view", {"sampler": sampler}, table=samplers, values=values
+        )
+
+    async def checkpoint(self, path: str, weights: list[str]) -> None:
+        """Weights under a name, as a save leaves them."""
+        self.engine.disk[path] = weights
+        run, kind, name = path.removeprefix("tinker://").split("/")
+        values = {"path": path, "owner": "anna", "run_id": run, "kind": kind, "name": name,
+                  "created_at": time.time(), "public": False, "metadata_json": "{}"}  # fmt: skip
+        row = sqlite.insert(checkpoints).values(**values)
+        anew = row.on_conflict_do_update(index_elements=["path"], set_=values)
+        await self.database.write(lambda connection: connection.execute(anew))
+
+    async def sampler(self, name: str, path: str) -> None:
+        """A sampler of a checkpoint."""
+        values = {"id": name, "session_id": "session", "owner": "anna", "base_model": "tiny",
+                  "model_path": path, "joined": 0, "created_at": time.time()}  # fmt: skip
+        await self.database.write(
+            lambda connection: connection.execute(insert(samplers).values(**values))
         )
 
     async def learn(self, seq: int, body: str, run: str = "run") -> Operation:

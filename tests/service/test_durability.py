@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import os
 import socket
 import sqlite3
 from pathlib import Path
@@ -154,6 +155,32 @@ def test_completions_that_were_not_told_are_told_by_the_next_process(tmp_path: P
         assert (await Completions(world.log, lambda: 0.0).of("view", 0)).after(0) == []
 
     in_world(tmp_path, work)
+
+
+def test_a_file_that_cannot_be_begun_is_not_written_into_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payloads = Payloads(tmp_path / "payloads", file_bytes=10)
+    first = payloads.keep([b"a" * 10])
+    opened = os.open
+
+    def full(path: Any, flags: int, *more: Any, **named: Any) -> int:
+        if str(path).endswith(".bin"):
+            raise OSError(errno.EMFILE, "too many open files")
+        return opened(path, flags, *more, **named)
+
+    monkeypatch.setattr("os.open", full)
+    with pytest.raises(OSError, match="too many"):
+        payloads.keep([b"b"])
+    other = (tmp_path / "other").open("wb")  # takes the number of what was closed
+    with pytest.raises(OSError, match="too many"):
+        payloads.keep([b"c"])
+    monkeypatch.undo()
+    (ref,) = payloads.keep([b"d"])
+    assert (payloads.read(first[0]), payloads.read(ref)) == (b"a" * 10, b"d")
+    other.close()
+    assert (tmp_path / "other").read_bytes() == b""
+    payloads.close()
 
 
 def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:

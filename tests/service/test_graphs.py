@@ -5,6 +5,7 @@ import json
 import random
 import resource
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -228,6 +229,19 @@ def mutated(given: dict[str, Any], chance: random.Random) -> Any:
         else:
             nodes[at]["args"] = [LOGPROBS, chance.choice(ODD)]
     return made
+
+
+def test_small_operations_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To begin one takes time, whatever it works on: as many data as may be sent must end."""
+    monkeypatch.setattr(
+        "plait.service.engine.graphs.Budget", lambda: bounds.Budget(1000 * bounds.LEAST_WORK)
+    )
+    names = ["logprobs", *(f"x{number}" for number in range(100))]
+    chain = [node(name, "torch.neg", {"ref": before}) for before, name in pairwise(names)]
+    loss = graph(*chain, node("loss", "torch.sum", {"ref": names[-1]}), output())
+    run(loss, length=1)
+    with pytest.raises(ConfigError, match="too much for one call"):
+        run(loss, length=1, data=20)
 
 
 def fuzzed(attempt: Callable[[random.Random], object], times: int) -> int:

@@ -15,7 +15,7 @@ from plait.service.database.database import Database
 from plait.service.database.migrate import migrate
 from plait.service.database.payloads import Payloads
 from plait.service.downloads import SECONDS, Downloads
-from plait.service.errors import NotFoundError, ServiceError
+from plait.service.errors import NotFoundError, ServiceError, UnavailableError
 from plait.service.keys import Keys
 from plait.service.middleware import Bounded, crowded, unpacked
 from plait.service.service import Service
@@ -110,24 +110,67 @@ def test_slow_clients_are_let_go() -> None:
     assert ask(Bounded(echo, 10, 100, patience=1.0), sending(b"a", b"b", pause=0.01))[0] == 200
 
 
-def test_bodies_that_are_still_coming_count() -> None:
-    """However many connections there are: all that is in memory is counted."""
-    app, statuses = Bounded(echo, 10, 25), []
+def statuses_of(app: Bounded, owners: str) -> list[int]:
+    """What bodies of nine bytes are answered, sent at once, each by the owner of this letter."""
+    statuses = {}
 
-    async def one(number: int) -> None:
+    async def one(number: int, owner: str) -> None:
         async def send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                statuses.append(message["status"])
+                statuses[number] = message["status"]
 
-        scope = {"type": "http", "path": "/x", "state": {}, "headers": []}
+        headers = [(b"x-api-key", owner.encode()), (b"transfer-encoding", b"chunked")]
+        scope = {"type": "http", "path": "/x", "state": {}, "headers": headers}
         await app(scope, sending(b"a" * 8, b"b", pause=0.05), send)
 
     async def all_of_them() -> None:
-        await asyncio.gather(*map(one, range(4)))
+        await asyncio.gather(*(one(*pair) for pair in enumerate(owners)))
 
     asyncio.run(all_of_them())
-    assert sorted(statuses) == [200, 200, 200, 503]
-    assert app._left == 25
+    return [statuses[number] for number in range(len(owners))]
+
+
+async def key_of(scope: Any) -> str:
+    owner = dict(scope["headers"])[b"x-api-key"].decode()
+    if owner == "x":
+        raise ServiceError("this key is not known", 401)
+    return owner
+
+
+def test_bodies_that_are_still_coming_count() -> None:
+    """However many connections there are: all that is in memory is counted."""
+    app = Bounded(echo, 10, 28, owner_of=key_of)
+    assert sorted(statuses_of(app, "abcd")) == [200, 200, 200, 503]
+    assert app._left == 28 and not app._of
+
+
+def test_one_owner_s_bodies_leave_room_for_others() -> None:
+    app = Bounded(echo, 10, 40, owner_of=key_of)
+    told = statuses_of(app, "aaab")
+    assert sorted(told[:3]) == [200, 200, 429] and told[3] == 200
+    assert app._left == 40 and not app._of
+
+
+def test_a_large_body_is_not_read_before_it_is_known_who_sends_it() -> None:
+    app = Bounded(echo, 10_000_000, 40_000_000, owner_of=key_of)
+    read = []
+
+    async def never() -> Any:
+        read.append(1)
+        return {"type": "http.disconnect"}
+
+    for headers in ({"content_length": "100000"}, {"transfer_encoding": "chunked"},
+                    {"content_encoding": "zstd"}):  # fmt: skip
+        assert ask(app, never, x_api_key="x", **headers)[0] == 401
+    assert len(read) == 3  # what is read on for a moment, so that the answer is seen
+    assert ask(app, sending(b"abc"), x_api_key="x", content_length="3")[0] == 200
+
+
+def test_bodies_without_prompts_or_data_are_small() -> None:
+    app = Bounded(echo, 10_000_000, 40_000_000)
+    for path, status in (("/api/v1/save_weights", 413), ("/api/v1/asample", 200)):
+        told = ask(app, sending(b"abc"), path=path, content_length="5000000")[0]
+        assert told == status, path
 
 
 def streamed(content: bytes) -> bytes:
@@ -181,6 +224,33 @@ def database(tmp_path: Path) -> Iterator[Database]:
     made = Database(url, Payloads(tmp_path / "payloads"))
     yield made
     made.close()
+
+
+def test_nobody_is_let_in_while_keys_are_looked_up(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        await Keys(database).create("anna", "user", "", 1000.0)
+        read = database.read
+
+        async def slow(work: Any) -> Any:
+            await asyncio.sleep(0.2)
+            return await read(work)
+
+        monkeypatch.setattr(database, "read", slow)
+        after_a_start = Keys(database)
+        assert all(await asyncio.gather(*(after_a_start.any() for _ in range(40))))
+
+        async def away(_: Any) -> Any:
+            raise UnavailableError("the database does not answer")
+
+        monkeypatch.setattr(database, "read", away)
+        unknown = Keys(database)
+        for _ in range(2):
+            with pytest.raises(UnavailableError):
+                await unknown.any()
+
+    asyncio.run(story())
 
 
 @pytest.mark.parametrize("jump", [-86_400.0, 10.0, 86_400.0])

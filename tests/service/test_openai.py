@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 
 import plait
 from plait.service.errors import ServiceError
-from plait.service.fetching import Fetcher
+from plait.service.fetching import Fetcher, Together
 
 
 def png(colour: int = 200) -> bytes:
@@ -178,6 +178,16 @@ def test_what_cannot_be_answered_is_refused(seeing: Any, change: Any, told: str)
     assert told in error["message"] and error["type"] == "invalid_request_error"
 
 
+def test_texts_that_cannot_fit_are_refused_at_once(seeing: Any) -> None:
+    """Before they are made into tokens, which takes long."""
+    text = "a" * 200_000
+    for path, body in (("chat/completions", {"messages": [{"role": "user", "content": text}]}),
+                       ("completions", {"prompt": text})):  # fmt: skip
+        answer = seeing.post(f"/v1/{path}", {"model": "seeing", "max_tokens": 2, **body})
+        assert answer.status_code == 400
+        assert "cannot be the 512 tokens" in answer.json()["error"]["message"]
+
+
 class _Site(BaseHTTPRequestHandler):
     """A picture, and ways that lead elsewhere."""
 
@@ -228,10 +238,16 @@ async def fetched(made: Fetcher, url: str) -> Any:
     return await made.bytes_of(url)
 
 
+PRIVATE = (
+    "127.0.0.1", "10.0.0.1", "169.254.169.254", "192.0.0.8", "0.0.0.0", "::1", "fd00::1",
+    "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::",
+)  # fmt: skip
+
+
 def test_only_hosts_that_are_allowed_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     import asyncio
 
-    for address_of in ("127.0.0.1", "10.0.0.1", "169.254.169.254", "::1", "fd00::1", "0.0.0.0"):
+    for address_of in PRIVATE:
         made = fetcher(monkeypatch, {"inner.test": address_of})
         with pytest.raises(ServiceError, match="is not a public host"):
             asyncio.run(fetched(made, "http://inner.test/x"))
@@ -239,24 +255,36 @@ def test_only_hosts_that_are_allowed_are_asked(monkeypatch: pytest.MonkeyPatch) 
     for url in ("http://other.test/", "http://inner.test.evil.test/", "http://8.8.8.8/"):
         with pytest.raises(ServiceError, match="may not be fetched from"):
             asyncio.run(fetched(made, url))
+    for url in ("http://[", "http://inner.test:x/", "https://\u2100/"):
+        with pytest.raises(ServiceError):
+            asyncio.run(fetched(made, url))
     for url in ("ftp://inner.test/", "gopher://inner.test/"):
         with pytest.raises(ServiceError, match="hosts that the operator allows"):
             asyncio.run(fetched(made, url))
+
+
+def test_media_of_a_request_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+
+    async def several() -> None:
+        together = Together(Fetcher((), 1000))
+        for _ in range(2):
+            await together.bytes_of(address(bytes(400)))
+        await together.bytes_of("sha256:" + 64 * "a")
+        with pytest.raises(ServiceError, match="up to 1000 bytes"):
+            await together.bytes_of(address(bytes(400)))
+
+    asyncio.run(several())
 
 
 def test_redirects_are_looked_at_like_first_addresses(
     monkeypatch: pytest.MonkeyPatch, site: int
 ) -> None:
     import asyncio
-    import ipaddress
 
     made = fetcher(monkeypatch, {"site.test": "127.0.0.1"})
 
-    class Public:
-        def __init__(self, _: str) -> None:
-            self.is_global = True
-
-    monkeypatch.setattr(ipaddress, "ip_address", Public)
+    monkeypatch.setattr("plait.service.fetching._is_public", lambda _: True)
     at = f"http://site.test:{site}"
     assert asyncio.run(fetched(made, f"{at}/picture")) == png()
     assert asyncio.run(fetched(made, f"{at}/near")) == png()

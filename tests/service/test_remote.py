@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
 import plait
-from plait.errors import ConfigError, DataError
+from plait.client.remote.media import file_of
+from plait.errors import ConfigError, DataError, ModelError
 from plait.service.catalog import spec_of_argument, training_spec
 
 
@@ -154,3 +156,69 @@ def test_what_is_wrong_is_told_as_in_process(remote: Any) -> None:
         plait.ServiceClient(remote._transport.url, devices=2)
     with pytest.raises(ConfigError, match="a key is for a server"):
         plait.ServiceClient(key="tml-x")
+
+
+def test_an_upload_goes_on_where_it_was_torn_off(
+    remote: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the server has bytes whose answer was lost."""
+    monkeypatch.setattr("plait.client.remote.transport._BLOCK", 1000)
+    pixels = np.random.default_rng(5).integers(0, 255, (60, 60, 3), np.uint8)
+    data = file_of(plait.Image(pixels))
+    transport, sent = remote._transport, []
+    request = transport._client.request
+
+    async def torn(method: str, path: str, **options: Any) -> Any:
+        answer = await request(method, path, **options)
+        sent.append((method, answer.status_code))
+        if method == "POST" and answer.is_success and sent.count((method, 200)) in (2, 5):
+            sent.append(("lost", 0))
+            raise httpx.ReadError("the connection broke")
+        return answer
+
+    monkeypatch.setattr(transport._client, "request", torn)
+    sha256 = transport.run(transport.upload(data)).result()
+    assert sent.count(("POST", 409)) == sent.count(("lost", 0)) == 2
+    assert transport.call("GET", f"/api/v1/media/{sha256}") == {
+        "sha256": sha256, "received": len(data), "complete": True,
+    }  # fmt: skip
+
+
+def test_names_with_signs_are_those_of_no_other_checkpoint(remote: Any) -> None:
+    client = remote.create_lora_training_client("seeing", rank=2)
+    for name in ("best", "best#2", "best?x=1", "best%23"):
+        client.save_state(name).result()
+    for name in ("best#2", "best?x=1", "best%23"):
+        path = f"tinker://{client.run_id}/weights/{name}"
+        remote.set_checkpoint_ttl(path, 600)
+        remote.delete_checkpoint(path)
+    mine = [one for one in remote.list_checkpoints() if client.run_id in one.path]
+    assert [(one.path.split("/")[-1], one.expires_at) for one in mine] == [("best", None)]
+
+
+def test_a_closed_client_says_so(seeing: Any) -> None:
+    service = plait.ServiceClient(seeing.url)
+    client = service.create_lora_training_client("seeing", rank=2)
+    service.close()
+    service.close()
+    client.close()
+    with pytest.raises(ModelError, match="closed"):
+        client.optim_step(plait.AdamParams(learning_rate=1e-3))
+    with pytest.raises(ModelError, match="closed"):
+        service.list_checkpoints()
+
+
+def test_weights_behind_a_path_are_those_that_were_saved_last(seeing: Any, remote: Any) -> None:
+    client = remote.create_lora_training_client("seeing", rank=4)
+    body = {"messages": [{"role": "user", "content": "which"}], "temperature": 0.0,
+            "max_tokens": 8}  # fmt: skip
+    told = []
+    for _ in range(2):
+        path = client.save_state("here", overwrite=True).result().path
+        said = seeing.post("/v1/chat/completions", {"model": path, **body}).json()
+        told.append(said["choices"][0]["message"]["content"])
+        learned = (plait.Message("user", "which"), plait.Message("assistant", "a red disc"))
+        for _ in range(30):
+            client.forward_backward([client.datum(plait.Sample(learned))])
+            client.optim_step(plait.AdamParams(learning_rate=2e-2))
+    assert told[0] != told[1]

@@ -344,3 +344,56 @@ def test_what_nobody_uses_leaves_memory_and_comes_back(tmp_path: Path) -> None:
         assert world.engine.held["run"] == ["a", "step 2", "b", "step 5"]
 
     in_world(tmp_path, work)
+
+
+def test_a_sampler_that_was_not_taken_keeps_no_state_from_being_kept(tmp_path: Path) -> None:
+    async def work(world: World) -> None:
+        await world.create()
+        bad = await world.learn(1, "bad")
+        world.engine.silent = {"take_view"}
+        view = await world.view("view", 2)
+        await world.ended(bad)
+        await settle()
+        world.engine._open[0][2].update(error="memory ended", category="server")
+        world.engine.answer("take_view")
+        assert await world.result(view) == "memory ended"
+        await world.ended(await world.learn(3, "a"))
+        scope = await world.runner.scope("run")
+        assert scope is not None
+        await world.runner.keep(scope)
+        assert scope.kept == 3
+        assert "tinker://run/weights/3" in world.engine.disk
+
+    in_world(tmp_path, work)
+
+
+def test_states_that_a_kill_left_go_with_the_next_one(tmp_path: Path) -> None:
+    async def work(world: World) -> None:
+        await trained(world)
+        scope = await world.runner.scope("run")
+        assert scope is not None
+        await world.runner.keep(scope)
+        world.engine.disk["tinker://run/weights/2"] = ["as it was when a process was killed"]
+        world.engine.disk["tinker://run2/weights/2"] = ["another run's"]
+        await world.ended(await world.learn(4, "c"))
+        await world.runner.keep(scope)
+        assert sorted(world.engine.disk) == ["tinker://run/weights/4", "tinker://run2/weights/2"]
+
+    in_world(tmp_path, work)
+
+
+def test_a_sampler_does_not_change_when_its_checkpoint_is_saved_anew(tmp_path: Path) -> None:
+    async def work(world: World) -> None:
+        await trained(world)
+        path = "tinker://run/sampler_weights/x"
+        await world.checkpoint(path, ["first"])
+        await world.sampler("old", path)
+        assert await world.sample("old") == '["first"]'
+        await world.checkpoint(path, ["second"])
+        assert await world.sample("old", 1) == '["first"]'
+        await world.crash()
+        assert "saved anew" in await world.sample("old", 2)
+        await world.sampler("new", path)
+        assert await world.sample("new") == '["second"]'
+
+    in_world(tmp_path, work)

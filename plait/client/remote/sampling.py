@@ -128,6 +128,8 @@ class RemoteSamplingClient(AsyncNames, Ready, Rendering):
 
     def close(self) -> None:
         """Give the weights back."""
+        if not self._transport.end.alive:
+            return
         path = f"/api/v1/samplers/{self._sampler}"
         self._transport.call("DELETE", path)
 

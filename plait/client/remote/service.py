@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from datetime import datetime
 from itertools import count
 from typing import Any, Self
+from urllib.parse import quote
 
 from plait.client.futures import AsyncNames
 from plait.client.remote.sampling import RemoteSamplingClient
@@ -152,6 +153,8 @@ class RemoteServiceClient(AsyncNames):
 
     def close(self) -> None:
         """End the session; runs and checkpoints stay on the server."""
+        if not self._transport.end.alive:
+            return
         self._beat.cancel()
         body = {"reason": {"type": "success"}}
         self._transport.call("POST", f"/api/v1/sessions/{self.session_id}/finish", json=body)
@@ -166,7 +169,8 @@ class RemoteServiceClient(AsyncNames):
 
 def _address(path: str) -> str:
     place = Place.of(path)
-    return f"/api/v1/training_runs/{place.run}/checkpoints/{place.kind}/{place.name}"
+    run, name = quote(place.run, safe=":"), quote(place.name, safe="")
+    return f"/api/v1/training_runs/{run}/checkpoints/{place.kind}/{name}"
 
 
 def _checkpoint(told: Mapping[str, Any]) -> Checkpoint:

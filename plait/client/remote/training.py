@@ -197,6 +197,8 @@ class RemoteTrainingClient(CustomLosses, AsyncNames, Ready, Rendering):
 
     def close(self) -> None:
         """Let the run leave the server's memory; its next request brings it back."""
+        if not self._transport.end.alive:
+            return
         self._transport.call("POST", "/api/v1/unload_model", json={"model_id": self.run_id})
 
     def __enter__(self) -> Self:

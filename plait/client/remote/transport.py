@@ -8,7 +8,7 @@ import hashlib
 import json
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -56,7 +56,14 @@ class Transport:
         self.end = weakref.finalize(self, _stop, self._loop, self._client)
 
     def run(self, work: Coroutine[Any, Any, Value]) -> "Future[Value]":
-        """Start it on the transport's own thread."""
+        """Start it on the transport's own thread.
+
+        Raises:
+            ModelError: the client was closed.
+        """
+        if not self.end.alive:
+            work.close()
+            raise ModelError("this client is closed; create a new one")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def call(self, method: str, path: str, **options: Any) -> Any:
@@ -76,16 +83,22 @@ class Transport:
         response = await self.answer(method, path, **options)
         return response.json() if response.content else None
 
-    async def answer(self, method: str, path: str, **options: Any) -> httpx.Response:
-        """An answer that is no error; asked for again while the server is away or busy."""
+    async def answer(
+        self, method: str, path: str, but: Collection[int] = (), **options: Any
+    ) -> httpx.Response:
+        """An answer that is no error; asked for again while the server is away or busy.
+
+        Args:
+            but: Errors that are answers, too.
+        """
         until, pause = self._loop.time() + PATIENCE, 0.2
         while True:
             problem = ""
             try:
                 response = await self._client.request(method, path, **options)
-                if response.is_success:
+                if response.is_success or response.status_code in but:
                     return response
-                if response.status_code not in _AGAIN or response.status_code == 408:
+                if response.status_code not in _AGAIN:
                     raise _refused(response)
                 problem = str(_refused(response))
             except httpx.HTTPError as error:
@@ -103,9 +116,8 @@ class Transport:
         """
         body = {"request_id": promise["request_id"]}
         while True:
-            try:
-                response = await self.answer("POST", "/api/v1/retrieve_future", json=body)
-            except StillWaiting:
+            response = await self.answer("POST", "/api/v1/retrieve_future", (408,), json=body)
+            if response.status_code == 408:
                 continue
             if response.headers["content-type"].startswith("application/json"):
                 said = response.json()
@@ -143,25 +155,29 @@ class Transport:
         if sha256 in self._sent:
             return sha256
         path = f"/api/v1/media/{sha256}"
-        there = await self._client.get(path)
-        offset = there.json()["received"] if there.is_success else 0
-        while not (there.is_success and there.json()["complete"]):
-            there = await self.answer(
-                "POST", "/api/v1/media", content=data[offset : offset + _BLOCK],
-                params={"sha256": sha256, "size": len(data), "offset": offset},
-            )  # fmt: skip
-            offset = there.json()["received"]
-        self._sent.add(sha256)
-        return sha256
-
-
-class StillWaiting(Exception):  # noqa: N818  (no error: the server asks to be asked again)
-    """A promise that is not kept yet."""
+        offset, until = None, self._loop.time() + PATIENCE
+        while True:
+            if offset is None:  # the server knows how much has come, whatever was torn off
+                there = await self.answer("GET", path, (404,))
+                offset = there.json()["received"] if there.is_success else 0
+            else:
+                there = await self.answer(
+                    "POST", "/api/v1/media", (409,), content=data[offset : offset + _BLOCK],
+                    params={"sha256": sha256, "size": len(data), "offset": offset},
+                )  # fmt: skip
+                offset = there.json()["received"] if there.is_success else None
+            if there.is_success and there.json()["complete"]:
+                self._sent.add(sha256)
+                return sha256
+            if there.is_success:
+                until = self._loop.time() + PATIENCE
+            elif self._loop.time() > until:
+                raise _refused(there)
+            elif there.status_code == httpx.codes.CONFLICT:
+                await asyncio.sleep(0.5)
 
 
 def _refused(response: httpx.Response) -> Exception:
-    if response.status_code == 408:
-        return StillWaiting()
     try:
         said = response.json()
         message, category = said["error"], said.get("category", "user")
