@@ -49,17 +49,20 @@ def positions(base_url: str, model: str, key: str | None = None, **media: bytes)
 
     Args:
         model: As the server offers it, or a run's id.
+        key: $TINKER_API_KEY by default, as the tinker client has it.
 
     Raises:
         ConfigError: the server refuses, or more or less than one medium is given.
     """
     import base64
+    import os
 
     import httpx
 
     if len(media) != 1 or next(iter(media)) not in ("image", "audio", "video"):
         raise ConfigError(f"name one medium, image=, audio= or video=; got {sorted(media)}")
     ((kind, data),) = media.items()
+    key = key or os.environ.get("TINKER_API_KEY")
     part = {"type": kind, "data": base64.b64encode(data).decode()}
     body = {"model": model, "for_generation": True, "messages": [{"role": "user", "parts": [part]}]}
     answer = httpx.post(

@@ -34,18 +34,25 @@ _TOGETHER = 4
 """Bodies of the largest size that are in memory at once."""
 
 
-def create_app(settings: ServiceSettings, clock: Callable[[], float] = time.time) -> FastAPI:
-    """The server of these settings; it starts its engine when it is started."""
+def create_app(
+    settings: ServiceSettings,
+    clock: Callable[[], float] = time.time,
+    service: Service | None = None,
+) -> FastAPI:
+    """The server of these settings; it starts its engine when it is started.
+
+    Args:
+        service: One of them that is made already.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service = Service(settings, clock)
-        app.state.service = service
-        await service.start()
+        app.state.service = made = service or Service(settings, clock)
+        await made.start()
         try:
             yield
         finally:
-            await service.stop()
+            await made.stop()
 
     app = FastAPI(title="Plait", version="1", lifespan=lifespan)
     app.add_middleware(

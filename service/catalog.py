@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from plait.encoders import weights
 from plait.errors import ConfigError, UnknownNameError
 from plait.ranges import check_number
 from plait.service.errors import ServiceError
@@ -25,14 +26,21 @@ def spec_of_argument(argument: str) -> tuple[str, ModelSpec]:
     Raises:
         ConfigError: it is no model.
     """
-    name, _, what = argument.rpartition("=")
+    name, equals, what = argument.rpartition("=")
+    if (equals and not name) or not what or any(one.isspace() for one in name):
+        raise ConfigError(f"--model is [NAME=]WHAT, and a name has no spaces; got {argument!r}")
+    path = Path(what)
     if what.endswith((".yaml", ".yml")):
-        path = Path(what)
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{path} is no recipe that can be read: {reason}") from error
         if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
             raise ConfigError(f"{path} is no recipe: it has no section model")
         return name or path.stem, spec_from(values["model"])
-    short = Path(what).name if Path(what).exists() else what
+    weights.check_name(what)
+    short = path.name if path.exists() else what
     return name or short, ModelSpec(language=what, train=("language", "projector"))
 
 

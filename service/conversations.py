@@ -30,6 +30,12 @@ class Asked(BaseModel):
     """Plait's own, as `min_p`."""
 
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    """As those below: clients say that they want nothing of it, which is fine."""
+
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     user: Annotated[str, Field(max_length=200)] | None = None
     """Stands in the server's log."""
 

@@ -17,7 +17,7 @@ from plait.service.database.database import Database, driver
 from plait.service.database.migrate import migrate
 from plait.service.database.tables import audit, keys
 from plait.service.errors import ServiceError
-from plait.service.settings import ServiceSettings
+from plait.service.settings import ServiceSettings, make_folder
 
 Role = Literal["admin", "user", "read-only"]
 ROLES: tuple[Role, ...] = ("admin", "user", "read-only")
@@ -159,7 +159,7 @@ def _hash(key: str) -> str:
 
 def has_keys(settings: ServiceSettings) -> bool:
     """Whether a key was ever made, asked before the server is there."""
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(settings.data_dir)
     migrate(settings.database_url)
     engine = create_engine(driver(settings.database_url))
     with engine.connect() as connection:

@@ -2,6 +2,8 @@
 
 import logging
 import signal
+import socket
+import ssl
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +14,10 @@ import uvicorn
 from plait.errors import ConfigError
 from plait.service.app import create_app
 from plait.service.keys import has_keys
+from plait.service.service import Service
 from plait.service.settings import ServiceSettings
 
+_LOG = structlog.get_logger()
 _DRAIN_SECONDS = 20
 
 
@@ -39,19 +43,46 @@ def serve(settings: ServiceSettings) -> None:
     """
     log_lines()
     _require_keys(settings)
+    listening = _listening(settings)
     config = uvicorn.Config(
-        create_app(settings),
-        host=settings.host,
-        port=settings.port,
-        ssl_certfile=None if settings.tls_cert is None else str(settings.tls_cert),
-        ssl_keyfile=None if settings.tls_key is None else str(settings.tls_key),
+        create_app(settings, service=Service(settings)),
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
         timeout_graceful_shutdown=_DRAIN_SECONDS,
         timeout_keep_alive=75,
         access_log=False,
         log_level="warning",
-        backlog=4096,
     )
-    _Server(config).run()
+    scheme, port = "http" if settings.tls_cert is None else "https", listening.getsockname()[1]
+    _LOG.info(
+        "serving", url=f"{scheme}://{settings.host}:{port}", models=list(settings.models),
+        data_dir=str(settings.data_dir),
+    )  # fmt: skip
+    _Server(config).run([listening])
+
+
+def _listening(settings: ServiceSettings) -> socket.socket:
+    """
+    Raises:
+        ConfigError: the address or the certificate cannot be used.
+    """
+    if settings.tls_cert is not None:
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(settings.tls_cert, settings.tls_key)
+        except OSError as error:
+            raise ConfigError(
+                f"{settings.tls_cert} and {settings.tls_key} are no certificate and its key, in "
+                f"PEM: {error.strerror or error}"
+            ) from error
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=4096)
+    except OSError as error:
+        raise ConfigError(
+            f"{settings.host} cannot be listened on at port {settings.port}: {error.strerror}; "
+            "choose another --port or --host"
+        ) from error
 
 
 def _require_keys(settings: ServiceSettings) -> None:

@@ -30,7 +30,7 @@ from plait.service.operations import Also, JobLog, Operation, insert_new
 from plait.service.running import Runner
 from plait.service.scopes import Scope
 from plait.service.sessions import Sessions
-from plait.service.settings import ServiceSettings
+from plait.service.settings import ServiceSettings, make_folder
 from plait.service.sweeping import close_forgotten
 from plait.service.talking import Talks
 from plait.service.tokens import caller_of_token
@@ -50,7 +50,7 @@ class Service:
 
     def __init__(self, settings: ServiceSettings, clock: Callable[[], float] = time.time) -> None:
         self.settings, self.clock = settings, clock
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(settings.data_dir)
         migrate(settings.database_url)
         self.payloads = Payloads(settings.data_dir / "payloads")
         self.database = Database(settings.database_url, self.payloads)

@@ -113,6 +113,10 @@ class ServiceSettings:
             check_number(name, getattr(self, name), "[1, inf)", whole=True)
         for name in _DURATIONS:
             check_number(name, getattr(self, name), "(0, inf)")
+        check_number("port", self.port, "[0, 65536)", whole=True)
+        check_number("devices", self.devices, "[1, inf)", whole=True)
+        if self.threads is not None:
+            check_number("threads", self.threads, "[1, inf)", whole=True)
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("TLS needs both a certificate and its key: --tls-cert and --tls-key")
 
@@ -124,6 +128,21 @@ class ServiceSettings:
     def loopback(self) -> bool:
         """Whether only this machine can reach it."""
         return self.host in LOOPBACK
+
+
+def make_folder(folder: Path) -> None:
+    """The folder of a server's data.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be the folder of a server's data: {error.strerror}; name another "
+            "--data-dir"
+        ) from error
 
 
 def _numbers(settings: type[ServiceSettings | Quotas], prefix: str = "") -> dict[str, type]:

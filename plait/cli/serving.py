@@ -38,14 +38,29 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "pip:PACKAGE (may be repeated)",
     )  # fmt: skip
     _add_data_dir(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="needs a key where others reach it")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--tls-cert", type=Path, metavar="FILE")
-    parser.add_argument("--tls-key", type=Path, metavar="FILE")
-    parser.add_argument("--devices", type=int, default=1, help="ranks that train together")
-    parser.add_argument("--threads", type=int, help="of the engine, on a CPU")
-    parser.add_argument("--sampler-memory", type=int, default=1024, metavar="MB")
-    parser.add_argument("--capacity", type=int, default=4096, metavar="POSITIONS")
+    parser.add_argument(
+        "--host", default="127.0.0.1",
+        help="an address of this machine; others than 127.0.0.1, the default, need a key",
+    )  # fmt: skip
+    parser.add_argument("--port", type=int, default=8000, help="8000 by default")
+    parser.add_argument(
+        "--tls-cert", type=Path, metavar="FILE", help="a certificate (PEM), for https"
+    )
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its key")
+    parser.add_argument(
+        "--devices", type=int, default=1, help="ranks that train together; 1 by default"
+    )
+    parser.add_argument(
+        "--threads", type=int, help="of the engine, on a CPU; as many as it has by default"
+    )
+    parser.add_argument(
+        "--sampler-memory", type=int, default=1024, metavar="MB",
+        help="for keys and values of what is sampled; 1024 by default",
+    )  # fmt: skip
+    parser.add_argument(
+        "--capacity", type=int, default=4096, metavar="POSITIONS",
+        help="of one row that is computed at once; 4096 by default",
+    )  # fmt: skip
     parser.add_argument("--requests-per-minute", type=int, help="of each owner")
     parser.add_argument(
         "--allow-host", action="append", default=[], metavar="HOST",
@@ -133,9 +148,13 @@ async def _keys_of(words: argparse.Namespace) -> None:
     from plait.service.database.database import Database
     from plait.service.database.migrate import migrate
     from plait.service.keys import Keys
+    from plait.service.settings import make_folder
 
     folder = _data_dir(words)
-    folder.mkdir(parents=True, exist_ok=True)
+    if words.action == "create":
+        make_folder(folder)
+    elif words.database is None and not (folder / "plait.db").is_file():
+        raise ConfigError(f"there is no server's data in {folder}; name its --data-dir")
     url = words.database or f"sqlite:///{folder / 'plait.db'}"
     migrate(url)
     database = Database(url)
@@ -148,7 +167,7 @@ async def _keys_of(words: argparse.Namespace) -> None:
         elif words.action == "revoke":
             if not await keys.revoke(words.id, time.time()):
                 raise ConfigError(f"there is no key {words.id} that is valid; plait keys list")
-            print(f"key {words.id} is refused from now on")
+            print(f"key {words.id} is refused by a running server within ten seconds")
         else:
             await _print_keys(keys)
     finally:
@@ -168,13 +187,12 @@ def _when(seconds: float | None) -> str:
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*head, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    Console().print(table)
+    """What is read by people, and copied: whole, and nothing in it means more than it says."""
+    lines = [head, *(tuple(map(str, row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        print("  ".join(padded).rstrip())
 
 
 def _asked(words: argparse.Namespace, path: str) -> Any:
@@ -185,15 +203,28 @@ def _asked(words: argparse.Namespace, path: str) -> Any:
     """
     import httpx
 
+    from plait.client.remote.transport import certificates
+
     url = words.url or os.environ.get(URL, "http://127.0.0.1:8000")
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"a server's address begins with http:// or https://; got {url}")
     headers = {"X-API-Key": words.key or os.environ.get(KEY, "")}
     try:
-        answer = httpx.get(f"{url.rstrip('/')}{path}", headers=headers, timeout=30, trust_env=False)
+        answer = httpx.get(
+            f"{url.rstrip('/')}{path}", headers=headers, timeout=30, trust_env=False,
+            verify=certificates(),
+        )  # fmt: skip
     except httpx.HTTPError as error:
         raise ConfigError(f"no server answers at {url}: {error}") from error
+    try:
+        said = answer.json()
+    except ValueError:
+        raise ConfigError(f"what answers at {url} is no server of Plait") from None
     if answer.is_error:
-        raise ConfigError(f"{url} refuses: {answer.json().get('error', answer.status_code)}")
-    return answer.json()
+        problem = said.get("error", answer.status_code)
+        told = problem.get("message", problem) if isinstance(problem, dict) else problem
+        raise ConfigError(f"{url} refuses: {told}")
+    return said
 
 
 def _status(words: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ python -m plait.service.engine.doing DESCRIPTOR
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -373,6 +374,10 @@ DOES: Does = {
 
 
 def main() -> None:
+    # systemd tells all processes of a service, and the server ends this one when all is done. Not
+    # SIG_IGN, which processes of its own would inherit.
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, lambda *_: None)
     connection = socket.socket(fileno=int(sys.argv[1]))
     channel = Channel(connection)
     message = channel.receive()

@@ -85,6 +85,7 @@ class EngineHost:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", "plait.service.engine.doing", str(theirs.fileno()),
                 pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, env=_environment(),
+                start_new_session=True,  # Ctrl-C is for the server, which ends it when all is done
             )  # fmt: skip
         finally:
             theirs.close()

@@ -83,6 +83,14 @@ def test_texts_and_models(client: openai.OpenAI) -> None:
     assert client.models.retrieve("seeing").id == "seeing"
 
 
+def test_what_asks_for_nothing_is_fine(client: openai.OpenAI) -> None:
+    said = client.chat.completions.create(
+        model="seeing", messages=user(), max_tokens=2, tools=[], presence_penalty=0.0,
+        frequency_penalty=0, logit_bias={},
+    )  # fmt: skip
+    assert said.choices[0].finish_reason == "length"
+
+
 def test_errors_are_of_the_client_s_own_kinds(client: openai.OpenAI, new_server: Any) -> None:
     hello: Any = [{"role": "user", "content": "x"}]
     with pytest.raises(openai.NotFoundError, match="there is no model 'nobody'"):
@@ -92,8 +100,9 @@ def test_errors_are_of_the_client_s_own_kinds(client: openai.OpenAI, new_server:
     with pytest.raises(openai.BadRequestError, match="addresses"):
         remote: Any = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}
         client.chat.completions.create(model="seeing", messages=user(remote))
-    with pytest.raises(openai.APIStatusError, match="tools is not a field"):
-        client.chat.completions.create(model="seeing", messages=hello, tools=[])
+    with pytest.raises(openai.APIStatusError, match="tools: "):
+        tool: Any = {"type": "function", "function": {"name": "f", "parameters": {}}}
+        client.chat.completions.create(model="seeing", messages=hello, tools=[tool])
     guarded = new_server().start()
     guarded.new_key("anna")
     stranger = openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="odd", max_retries=0)

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import os
+import ssl
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
@@ -31,6 +33,12 @@ _AGAIN = (408, 429, 500, 502, 503, 504)
 _TOGETHER = 64
 
 
+def certificates() -> ssl.SSLContext | bool:
+    """Whom a server's certificate may be from: $SSL_CERT_FILE, where a team has one of its own."""
+    own = os.environ.get("SSL_CERT_FILE")
+    return ssl.create_default_context(cafile=own) if own else True
+
+
 class Transport:
     """
     Args:
@@ -48,7 +56,7 @@ class Transport:
         self._thread.start()
         self._client = httpx.AsyncClient(
             base_url=self.url, headers=self._headers, timeout=httpx.Timeout(60, pool=None),
-            trust_env=False, limits=httpx.Limits(max_connections=_TOGETHER),
+            trust_env=False, verify=certificates(), limits=httpx.Limits(max_connections=_TOGETHER),
         )  # fmt: skip
         self._sent: set[str] = set()
         """Uploads that the server has."""
@@ -102,6 +110,11 @@ class Transport:
                     raise _refused(response)
                 problem = str(_refused(response))
             except httpx.HTTPError as error:
+                if "CERTIFICATE_VERIFY_FAILED" in str(error):  # it will not be another one later
+                    raise ModelError(
+                        f"the certificate of {self.url} is not trusted: {error}; SSL_CERT_FILE "
+                        "names a file of those that are"
+                    ) from error
                 problem = f"{type(error).__name__} {error}"
             if self._loop.time() > until:
                 raise ModelError(f"{self.url} does not answer: {problem}")
