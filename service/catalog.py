@@ -1,6 +1,7 @@
 """The models that a server offers, by the names that clients say."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,13 +9,13 @@ from typing import Any
 
 import yaml
 
-from plait.encoders import weights
 from plait.errors import ConfigError, UnknownNameError
 from plait.ranges import check_number
 from plait.service.errors import ServiceError
 from plait.trainer.spec import LoraSpec, ModelSpec, lora_targets
 from plait.trainer.strict import spec_from
 
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LORA = {"rank", "seed", "train_unembed", "train_mlp", "train_attn"}
 _MORE = {"alpha", "dropout", "train"}
 """What Plait's own client may say besides."""
@@ -39,9 +40,25 @@ def spec_of_argument(argument: str) -> tuple[str, ModelSpec]:
         if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
             raise ConfigError(f"{path} is no recipe: it has no section model")
         return name or path.stem, spec_from(values["model"])
-    weights.check_name(what)
+    _check_what(what)
     short = path.name if path.exists() else what
     return name or short, ModelSpec(language=what, train=("language", "projector"))
+
+
+def _check_what(what: str) -> None:
+    """As far as can be told at once, and by this process, which has no torch.
+
+    Raises:
+        ConfigError: it is no model.
+    """
+    folder = Path(what).expanduser()
+    there = folder.is_dir() and any(folder.glob("*.safetensors"))
+    elsewhere = what.startswith("pip:") or (_HUB_NAME.fullmatch(what) and not folder.exists())
+    if not there and not elsewhere:
+        raise ConfigError(
+            "a model is a recipe (.yaml), a folder with safetensors, a hub id owner/model or "
+            f"pip:PACKAGE; {what!r} is none of them"
+        )
 
 
 def offered(models: Mapping[str, ModelSpec], name: str) -> ModelSpec:

@@ -14,10 +14,8 @@ from urllib.parse import quote
 import anyio.to_thread
 from fastapi.responses import FileResponse, Response, StreamingResponse
 
-from plait.errors import ConfigError
 from plait.service.errors import NotFoundError, ServiceError, UnavailableError
-from plait.trainer.places import Place
-from plait.trainer.store import Store
+from plait.trainer.locks import shared
 
 SECONDS = 3600
 _CHUNK = 1 << 20
@@ -36,7 +34,7 @@ class Downloads:
     """
 
     def __init__(self, root: Path, clock: Callable[[], float]) -> None:
-        self._root, self._clock, self._store = root, clock, Store(root, clock)
+        self._root, self._clock = root, clock
         self._secret = secrets.token_bytes(32)
         """Of this process: addresses end with it, and are asked for again."""
 
@@ -61,13 +59,13 @@ class Downloads:
         """While nobody overwrites or removes it."""
         made = tempfile.TemporaryFile()  # noqa: SIM115  (closed when it was streamed)
         try:
-            with self._store.reading(Place.of(path)), tarfile.open(fileobj=made, mode="w") as tar:
+            with shared(self._root), tarfile.open(fileobj=made, mode="w") as tar:
                 for file in self._files(path):
                     tar.add(file, arcname=file.name)
             made.seek(0)
-        except ConfigError:
+        except NotFoundError:
             made.close()
-            raise NotFoundError("checkpoint", path) from None
+            raise
         except OSError as error:
             made.close()
             raise UnavailableError(f"the disk did not take it: {error.strerror}") from error

@@ -3,6 +3,6 @@
 No pickle is loaded outside the conversion, and none there without `weights_only`.
 """
 
-from plait.encoders.weights.names import check_name, resolve
+from plait.encoders.weights.names import resolve
 
-__all__ = ["check_name", "resolve"]
+__all__ = ["resolve"]

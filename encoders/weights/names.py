@@ -42,36 +42,22 @@ def resolve(name: str, progress: Progress | None = None) -> Path:
         FetchError: it cannot be downloaded or converted.
     """
     heard = progress or Progress()
-    check_name(name)
     if name.startswith(_PIP):
-        return _from_pip(WEIGHTS_PACKAGES[name.removeprefix(_PIP)], heard)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    return _checked(from_hub(name, heard), name)
-
-
-def check_name(name: str) -> None:
-    """That weights may be had by this name, as far as this machine alone can tell.
-
-    Raises:
-        UnknownNameError, ConfigError: as `resolve`.
-    """
-    if name.startswith(_PIP):
-        if name.removeprefix(_PIP) not in WEIGHTS_PACKAGES:
+        distribution = name.removeprefix(_PIP)
+        if distribution not in WEIGHTS_PACKAGES:
             known = [_PIP + known for known in WEIGHTS_PACKAGES]
             raise UnknownNameError("weights package", name, known)
-        return
+        return _from_pip(WEIGHTS_PACKAGES[distribution], heard)
     folder = Path(name).expanduser()
     if name and folder.is_dir():
-        _checked(folder, name)
-        return
+        return _checked(folder, name)
     if not _HUB_NAME.fullmatch(name) or name.startswith("."):
         known_names = ", ".join(_PIP + known for known in WEIGHTS_PACKAGES)
         raise ConfigError(
             f"weights must be an existing folder, a hub id owner/model, or one of {known_names}; "
             f"{name!r} is none of them"
         )
+    return _checked(from_hub(name, heard), name)
 
 
 def _checked(folder: Path, name: str) -> Path:

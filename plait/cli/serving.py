@@ -203,7 +203,7 @@ def _asked(words: argparse.Namespace, path: str) -> Any:
     """
     import httpx
 
-    from plait.client.remote.transport import certificates
+    from plait.service.wire.certificates import certificates
 
     url = words.url or os.environ.get(URL, "http://127.0.0.1:8000")
     if not url.startswith(("http://", "https://")):

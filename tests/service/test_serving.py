@@ -2,6 +2,8 @@
 
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +72,7 @@ def test_keys_are_asked_for_once_there_is_one(new_server: Callable[..., Any]) ->
         (["--model", "=x"], "--model is"),
         (["--model", "a b=x"], "a name has no spaces"),
         (["--model", "x=none/at/all"], "'none/at/all' is none of them"),
-        (["--model", "x=pip:nothing"], "unknown weights package"),
+        (["--model", "x=README.md"], "'README.md' is none of them"),
         (["--model", "x=none.yaml"], "none.yaml is no recipe that can be read"),
         (["--tls-cert", "none.pem", "--tls-key", "none.key"], "none.pem and none.key are no"),
         (["--data-dir", "/dev/null/x"], "/dev/null/x cannot be the folder"),
@@ -126,3 +128,15 @@ def test_a_group_that_is_told_to_stop_answers_first(new_server: Callable[..., An
     assert server.process.wait(60) == 0
     assert not engine.is_running()
     assert "Traceback" not in server.log.read_text()
+
+
+def test_the_server_s_own_process_is_small() -> None:
+    """Numbers are the engine's: torch would make it start ten times as slowly."""
+    program = (
+        "import sys, plait.cli.main, plait.service.serve\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "torch" not in done.stdout and "transformers" not in done.stdout

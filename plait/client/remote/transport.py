@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import os
-import ssl
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
@@ -17,6 +15,7 @@ from typing import Any, TypeVar
 import httpx
 
 from plait.errors import ConfigError, DataError, ModelError, PlaitError
+from plait.service.wire.certificates import certificates
 
 Value = TypeVar("Value")
 Sending = Callable[[], Coroutine[Any, Any, Any]]
@@ -31,12 +30,6 @@ UPLOAD_BYTES = 1_000_000
 _BLOCK = 8_000_000
 _AGAIN = (408, 429, 500, 502, 503, 504)
 _TOGETHER = 64
-
-
-def certificates() -> ssl.SSLContext | bool:
-    """Whom a server's certificate may be from: $SSL_CERT_FILE, where a team has one of its own."""
-    own = os.environ.get("SSL_CERT_FILE")
-    return ssl.create_default_context(cafile=own) if own else True
 
 
 class Transport:
