@@ -22,7 +22,7 @@ def narrow(new_server: Callable[..., Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def keys(narrow: Any) -> dict[str, str]:
-    return {owner: narrow.new_key(owner) for owner in ("anna", "ben", "carl", "dora")}
+    return {owner: narrow.new_key(owner) for owner in ("anna", "ben", "carl")}
 
 
 def test_runs_of_an_owner(narrow: Any, keys: dict[str, str]) -> None:
@@ -37,13 +37,15 @@ def test_runs_of_an_owner(narrow: Any, keys: dict[str, str]) -> None:
     session_of(narrow, keys["ben"])
 
 
-def test_runs_that_are_asked_for_at_once(narrow: Any, keys: dict[str, str]) -> None:
-    session, _ = session_of(narrow, keys["dora"])
+def test_runs_that_are_asked_for_at_once(new_server: Callable[..., Any]) -> None:
+    server = new_server("--set", "quotas.runs=2").start()
+    key = server.new_key("dora")
+    session, _ = session_of(server, key)
 
     def create(number: int) -> int:
         body = {"session_id": session, "model_seq_id": number, "base_model": "tiny",
                 "lora_config": {"rank": 2}}  # fmt: skip
-        status: int = narrow.post("/api/v1/create_model", body, keys["dora"]).status_code
+        status: int = server.post("/api/v1/create_model", body, key).status_code
         return status
 
     with ThreadPoolExecutor(8) as pool:
