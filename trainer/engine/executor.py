@@ -18,6 +18,7 @@ from plait.trainer.build import Built, attach, load_base, trains_language
 from plait.trainer.engine import commands
 from plait.trainer.engine.ahead import Ahead
 from plait.trainer.engine.computing import Slice, compute
+from plait.trainer.engine.dropouts import adapter_dropouts
 from plait.trainer.engine.idle import Idle
 from plait.trainer.engine.run_state import check, restore, state_of
 from plait.trainer.engine.runs import Run
@@ -35,6 +36,8 @@ class View:
     """Weights that only sample, and how many requests still need them."""
 
     def __init__(self, built: Built) -> None:
+        for dropout in adapter_dropouts(built):  # switched with its run, and it has none
+            dropout.training = False
         self.built = built
         self.sampling = 0
         self.dropped = False
