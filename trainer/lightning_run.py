@@ -5,6 +5,8 @@ progress. Whatever must be exact (order of rows, state, checkpoints) is ours and
 of an optimiser step, in this order: step, log, validate, checkpoint, stop.
 """
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -23,6 +25,9 @@ from plait.trainer.schedule import settings_at
 
 ROWS_DRAWN = "rows/"
 """Before the name of a dataset: its rows trained on so far, in logs."""
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+"""What asks a run to stop: a terminal, and a scheduler, systemd or `timeout`."""
 
 
 Turn = list[Pack]
@@ -198,6 +203,20 @@ class TrainingBar(RichProgressBar):
         return "training"
 
 
+class OwnSignals(lightning.Callback):
+    """Lightning would answer SIGTERM by ending the process, as if all were done, between two packs
+    of a step and without a checkpoint; what answered before answers still."""
+
+    def __init__(self) -> None:
+        self._handlers = {sign: signal.getsignal(sign) for sign in STOPS}
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        del trainer, module
+        if threading.current_thread() is threading.main_thread():
+            for sign, handler in self._handlers.items():
+                signal.signal(sign, handler)
+
+
 def fit(module: PlaitModule, loggers: list[Any]) -> None:
     """Run the steps that are left."""
     config, learner = module.config, module.learner
@@ -209,7 +228,7 @@ def fit(module: PlaitModule, loggers: list[Any]) -> None:
         devices=1,
         max_epochs=1,
         logger=loggers,
-        callbacks=[TrainingBar(leave=True)],
+        callbacks=[TrainingBar(leave=True), OwnSignals()],
         enable_checkpointing=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

@@ -48,7 +48,7 @@ from plait.trainer.evaluation.nll import nll, per_token
 from plait.trainer.evaluation.suite import Measured
 from plait.trainer.features import settle
 from plait.trainer.files import remove_leftovers, write_json, writing
-from plait.trainer.lightning_run import ROWS_DRAWN, Hooks, PlaitModule, Progress, fit
+from plait.trainer.lightning_run import ROWS_DRAWN, STOPS, Hooks, PlaitModule, Progress, fit
 from plait.trainer.phases import Phases
 from plait.trainer.progress import bar
 from plait.trainer.reports.showing import show
@@ -268,11 +268,11 @@ class TrainingRun:
 
     @contextmanager
     def _stop_at_next_step(self) -> Iterator[None]:
-        """The first Ctrl-C ends the run at the end of its step; a second one at once."""
+        """The first Ctrl-C or SIGTERM ends the run at the end of its step; a second one at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.getsignal(signal.SIGINT)
+        before = {sign: signal.getsignal(sign) for sign in STOPS}
 
         def request(number: int, frame: FrameType | None) -> None:
             del number, frame
@@ -284,11 +284,13 @@ class TrainingRun:
             self._stop.set()
             self.console.print("\nstopping at the end of this step; a checkpoint will be saved")
 
-        signal.signal(signal.SIGINT, request)
+        for sign in STOPS:
+            signal.signal(sign, request)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for sign, handler in before.items():
+                signal.signal(sign, handler)
 
     def finish(
         self, bench: Workbench, learner: Learner, before: dict[str, Any], progress: Progress

@@ -122,8 +122,12 @@ PHASES: dict[str, Callable[[Any], None]] = {
 }
 
 
-INTERRUPTS = {"Ctrl-C": 1, "Ctrl-C twice": 2}
-"""Keys pressed during this many micro-batches, one after another."""
+INTERRUPTS = {
+    "Ctrl-C": (signal.SIGINT, 1),
+    "Ctrl-C twice": (signal.SIGINT, 2),
+    "SIGTERM": (signal.SIGTERM, 1),
+}
+"""Signals that come during so many micro-batches, one after another."""
 
 NO_MOUNT, CRASHED = 77, 70
 """Exit codes of a child that may not mount a small disk, and of one that raised."""
@@ -143,8 +147,7 @@ class Countdown:
 
 def install(phase: str, nth: int) -> None:
     if phase in INTERRUPTS:
-        press = Countdown(nth, signal.SIGINT, INTERRUPTS[phase])
-        around(PlaitModule, "training_step", press, before=True)
+        around(PlaitModule, "training_step", Countdown(nth, *INTERRUPTS[phase]), before=True)
     else:
         PHASES[phase](Countdown(nth))
 

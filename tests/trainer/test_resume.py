@@ -214,6 +214,20 @@ def test_a_fresh_interpreter_killed_then_interrupted(
     assert_same_run(folder / "run", uninterrupted)
 
 
+def test_a_scheduler_that_stops_it_loses_no_step(
+    driver: Driver, values: dict[str, Any], uninterrupted: Path, tmp_path: Path
+) -> None:
+    """As `timeout`, systemd and Slurm do: it is no success, and the step under way is saved."""
+    folder = begin(tmp_path / "fresh", values)
+    assert driver.run(folder, "SIGTERM", 3) == Interrupted.exit_code
+    step = newest(folder)
+    output = (folder / "output.txt").read_text()
+    assert f"stopped after step {step} of 8, which is saved in run" in output, output
+    assert "Traceback" not in output
+    assert driver.run(folder) == 0, (folder / "output.txt").read_text()
+    assert_same_run(folder / "run", uninterrupted)
+
+
 def newest(folder: Path) -> int:
     whole = (folder / "run" / "checkpoints").glob("step-*/manifest.json")
     return max(int(path.parent.name.removeprefix("step-")) for path in whole)
