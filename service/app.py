@@ -9,6 +9,7 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from plait.errors import PlaitError
@@ -54,7 +55,7 @@ def create_app(
         finally:
             await made.stop()
 
-    app = FastAPI(title="Plait", version="1", lifespan=lifespan)
+    app = FastAPIOffline(title="Plait", version="1", lifespan=lifespan)
     app.add_middleware(
         Bounded,
         most=settings.body_bytes,

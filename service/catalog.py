@@ -3,15 +3,17 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from plait.errors import ConfigError, UnknownNameError
+from plait.errors import CheckpointError, ConfigError, UnknownNameError
 from plait.ranges import check_number
 from plait.service.errors import ServiceError
+from plait.trainer.manifest import read_manifest
+from plait.trainer.source import is_trained, weights_folder
 from plait.trainer.spec import LoraSpec, ModelSpec, lora_targets
 from plait.trainer.strict import spec_from
 
@@ -21,8 +23,18 @@ _MORE = {"alpha", "dropout", "train"}
 """What Plait's own client may say besides."""
 
 
-def spec_of_argument(argument: str) -> tuple[str, ModelSpec]:
-    """What `--model` names: `[NAME=]WHAT`, a recipe's file, a folder, a hub id or a pip package.
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A model that the server has."""
+
+    spec: ModelSpec
+    weights: Path | None = None
+    """The folder of a checkpoint that it begins with; None as its base models are."""
+
+
+def offer_of_argument(argument: str) -> tuple[str, Offer]:
+    """What `--model` names: `[NAME=]WHAT`, a recipe's file, what `plait train` made of one, the
+    folder of a model, a hub id or a pip package.
 
     Raises:
         ConfigError: it is no model.
@@ -39,10 +51,22 @@ def spec_of_argument(argument: str) -> tuple[str, ModelSpec]:
             raise ConfigError(f"{path} is no recipe that can be read: {reason}") from error
         if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
             raise ConfigError(f"{path} is no recipe: it has no section model")
-        return name or path.stem, spec_from(values["model"])
+        return name or path.stem, Offer(spec_from(values["model"]))
+    short = path.resolve().name if path.exists() else what
+    if is_trained(path):
+        return name or short, _trained(path)
     _check_what(what)
-    short = path.name if path.exists() else what
-    return name or short, ModelSpec(language=what, train=("language", "projector"))
+    return name or short, Offer(ModelSpec(language=what, train=("language", "projector")))
+
+
+def _trained(path: Path) -> Offer:
+    """Which weights it is, is settled here, so that a run that trains on changes nothing."""
+    folder = weights_folder(path).resolve()
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    return Offer(spec_from(manifest["spec"]), folder)
 
 
 def _check_what(what: str) -> None:
@@ -56,12 +80,12 @@ def _check_what(what: str) -> None:
     elsewhere = what.startswith("pip:") or (_HUB_NAME.fullmatch(what) and not folder.exists())
     if not there and not elsewhere:
         raise ConfigError(
-            "a model is a recipe (.yaml), a folder with safetensors, a hub id owner/model or "
-            f"pip:PACKAGE; {what!r} is none of them"
+            "a model is a recipe (.yaml), a run of plait train, a folder with safetensors, a hub "
+            f"id owner/model or pip:PACKAGE; {what!r} is none of them"
         )
 
 
-def offered(models: Mapping[str, ModelSpec], name: str) -> ModelSpec:
+def offered(models: Mapping[str, Offer], name: str) -> Offer:
     """
     Raises:
         ServiceError: this server has no such model.
@@ -71,13 +95,39 @@ def offered(models: Mapping[str, ModelSpec], name: str) -> ModelSpec:
     return models[name]
 
 
-def training_spec(base: ModelSpec, lora: Any, run: str = "") -> tuple[ModelSpec, int]:
+def training_spec(offer: Offer, lora: Any, run: str = "") -> tuple[ModelSpec, int]:
     """The model that a `lora_config` asks for, and its seed; where it says none, one of the run's
     own, which is the same when the request is sent again.
 
     Raises:
         ServiceError: something of it is unknown, or cannot be.
     """
+    spec, seed = _asked_spec(offer.spec, lora, run)
+    if offer.weights is not None:
+        _check_begins(spec, offer.spec)
+    return spec, seed
+
+
+def _check_begins(asked: ModelSpec, trained: ModelSpec) -> None:
+    """
+    Raises:
+        ServiceError: weights of the one cannot be those of the other.
+    """
+    if asked.train != trained.train:
+        raise ServiceError(
+            f"this model was trained with train={list(trained.train)}, and a run that begins with "
+            f"its weights trains the same; got {list(asked.train)}", 422,
+        )  # fmt: skip
+    theirs, mine = ({} if one.lora is None else asdict(one.lora) for one in (trained, asked))
+    for name in sorted((theirs.keys() | mine.keys()) - {"dropout"}):
+        if theirs.get(name) != mine.get(name):
+            raise ServiceError(
+                f"this model was trained with lora.{name} {theirs.get(name)}, and a run that "
+                f"begins with its weights has the same; got {mine.get(name)}", 422,
+            )  # fmt: skip
+
+
+def _asked_spec(base: ModelSpec, lora: Any, run: str) -> tuple[ModelSpec, int]:
     if lora is None:
         return replace(base, lora=None), 0
     if not isinstance(lora, dict):
@@ -115,6 +165,8 @@ def spec_values(spec: ModelSpec) -> dict[str, Any]:
     return asdict(spec)
 
 
-def sampling_spec(base: ModelSpec) -> ModelSpec:
-    """The base model as it is, which only samples."""
-    return replace(base, lora=None, train=("projector",))
+def sampled(offer: Offer) -> dict[str, Any]:
+    """What the engine is told of it when it only samples."""
+    if offer.weights is not None:
+        return {"weights": str(offer.weights)}
+    return {"spec": spec_values(replace(offer.spec, lora=None, train=("projector",)))}

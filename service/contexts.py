@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from plait.service.catalog import Offer
 from plait.service.errors import ServiceError
-from plait.trainer.spec import ModelSpec
 
 _PATIENCE = 2.0
 """Seconds for the engine to look: weights may have to be fetched first, which takes long."""
@@ -20,7 +20,7 @@ class Contexts:
         ask: Sends the engine a message; its answer.
     """
 
-    def __init__(self, models: Mapping[str, ModelSpec], ask: Ask) -> None:
+    def __init__(self, models: Mapping[str, Offer], ask: Ask) -> None:
         self._models, self._ask = models, ask
         self._known: dict[str, int | None] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
@@ -35,9 +35,8 @@ class Contexts:
         return self._known.get(name)
 
     async def _find(self, name: str) -> None:
-        header = {
-            "do": "context", "scope": f"context:{name}", "language": self._models[name].language,
-        }  # fmt: skip
+        language = self._models[name].spec.language
+        header = {"do": "context", "scope": f"context:{name}", "language": language}
         try:
             self._known[name] = (await self._ask(header))["result"]["context"]
         except ServiceError:  # it is asked again with the next request

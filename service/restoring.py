@@ -186,7 +186,7 @@ class Restorer:
             header |= {"path": row.kept_path, "kept": True}
         else:
             await self._unchanged(row)
-            header |= {"path": row.model_path} if row.model_path else {}
+            header |= {"path": row.model_path, "weights": row.weights}
             header["spec"] = json.loads(row.spec_json) if row.spec_json else None
         life = scope.host.life
         async with self._counted(scope):

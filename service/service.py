@@ -276,13 +276,13 @@ class Service:
     ) -> str:
         """A sampler `<session>:sample:<number>`; the engine opens it with its first request."""
         name = f"{session}:sample:{number}"
-        spec = None
+        model: dict[str, Any] = {}
         if path is None:
-            offered = catalog.offered(self.settings.models, base_model)
-            spec = json.dumps(catalog.spec_values(catalog.sampling_spec(offered)))
+            model = catalog.sampled(catalog.offered(self.settings.models, base_model))
         values = {
             "id": name, "session_id": session, "owner": caller.owner, "base_model": base_model,
-            "model_path": path, "spec_json": spec, "joined": 0, "created_at": self.clock(),
+            "model_path": path, "spec_json": json.dumps(model["spec"]) if "spec" in model else None,
+            "weights": model.get("weights"), "joined": 0, "created_at": self.clock(),
         }  # fmt: skip
         await self.database.write(
             lambda connection: connection.execute(

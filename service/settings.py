@@ -7,7 +7,7 @@ from typing import Any
 
 from plait.errors import ConfigError, UnknownNameError
 from plait.ranges import check_number
-from plait.trainer.spec import ModelSpec
+from plait.service.catalog import Offer
 
 _DURATIONS = (
     "hold_seconds", "gap_seconds", "retention_seconds", "undelivered_seconds", "known_seconds",
@@ -51,7 +51,7 @@ class ServiceSettings:
         data_dir: Checkpoints, payloads, uploads, and the database if none is named.
     """
 
-    models: Mapping[str, ModelSpec]
+    models: Mapping[str, Offer]
     data_dir: Path
     database: str | None = None
     """A SQLAlchemy URL; SQLite in `data_dir` by default."""

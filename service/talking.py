@@ -203,8 +203,7 @@ class Talks:
         name = scope.removeprefix("talk:")
         header: Header = {"do": "open_view", "scope": scope}
         if name in self._service.settings.models:
-            spec = catalog.sampling_spec(self._service.settings.models[name])
-            header["spec"] = catalog.spec_values(spec)
+            header |= catalog.sampled(self._service.settings.models[name])
         else:
             header["path"] = name.rpartition("@")[0]
         lock = self._opening.setdefault(scope, asyncio.Lock())

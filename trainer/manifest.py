@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plait.errors import CheckpointError, DamagedCheckpointError
-from plait.trainer.build import Built
 from plait.trainer.files import json_text, write_json
+
+if TYPE_CHECKING:  # whoever reads a manifest needs no torch
+    from plait.trainer.build import Built
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -23,7 +25,7 @@ QUANTIZING = ("bitsandbytes",)
 
 
 def write_manifest(
-    folder: Path, built: Built, step: int | None, metadata: Mapping[str, str] | None
+    folder: Path, built: "Built", step: int | None, metadata: Mapping[str, str] | None
 ) -> None:
     """Write the manifest of the files in `folder`; nothing may be added to them afterwards.
 
@@ -80,7 +82,7 @@ def digest_of(manifest: Mapping[str, Any]) -> str:
     return _hash(manifest)
 
 
-def check_fits(folder: Path, manifest: Mapping[str, Any], built: Built) -> None:
+def check_fits(folder: Path, manifest: Mapping[str, Any], built: "Built") -> None:
     """Refuse a checkpoint of another model.
 
     Raises:

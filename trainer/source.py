@@ -30,7 +30,7 @@ class Source:
             with self.store.reading(Place.of(self.path)) as folder:
                 yield folder
         else:
-            yield self._folder()
+            yield weights_folder(self.path)
 
     def require(self) -> None:
         """Refuse at once what `reading` would refuse at this moment.
@@ -41,17 +41,27 @@ class Source:
         if "://" in self.path:
             self.store.require(Place.of(self.path))
         else:
-            self._folder()
+            weights_folder(self.path)
 
-    def _folder(self) -> Path:
-        folder = Path(self.path)
-        if (folder / "checkpoints").is_dir():
-            kept = sorted((folder / "checkpoints").glob("best-*"))
-            if not kept:
-                raise ConfigError(f"{folder} is a run without trained weights yet; let it train")
-            folder = kept[-1]
-        if not (folder / MANIFEST).is_file():
-            raise ConfigError(
-                f"{self.path} is neither a checkpoint nor a run; name the folder of one"
-            )
-        return folder
+
+def is_trained(path: str | Path) -> bool:
+    """Whether this is the folder of a checkpoint or of a run, which has weights to read."""
+    folder = Path(path)
+    return (folder / "checkpoints").is_dir() or (folder / MANIFEST).is_file()
+
+
+def weights_folder(path: str | Path) -> Path:
+    """The folder of a checkpoint, or of the best weights of the run that is named.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    folder = Path(path)
+    if (folder / "checkpoints").is_dir():
+        kept = sorted((folder / "checkpoints").glob("best-*"))
+        if not kept:
+            raise ConfigError(f"{folder} is a run without trained weights yet; let it train")
+        folder = kept[-1]
+    if not (folder / MANIFEST).is_file():
+        raise ConfigError(f"{path} is neither a checkpoint nor a run; name the folder of one")
+    return folder

@@ -34,8 +34,8 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )  # fmt: skip
     parser.add_argument(
         "--model", action="append", required=True, metavar="[NAME=]WHAT",
-        help="a model to offer: a recipe (.yaml) for its encoders, a folder, a hub id or "
-        "pip:PACKAGE (may be repeated)",
+        help="a model to offer: a recipe (.yaml), a run of plait train or a checkpoint for its "
+        "weights, a folder, a hub id or pip:PACKAGE (may be repeated)",
     )  # fmt: skip
     _add_data_dir(parser)
     parser.add_argument(
@@ -94,10 +94,10 @@ def settings_of(words: argparse.Namespace) -> Any:
     Raises:
         ConfigError: one of them cannot be.
     """
-    from plait.service.catalog import spec_of_argument
+    from plait.service.catalog import offer_of_argument
     from plait.service.settings import Quotas, ServiceSettings, overridden
 
-    models = dict(spec_of_argument(argument) for argument in words.model)
+    models = dict(offer_of_argument(argument) for argument in words.model)
     if len(models) < len(words.model):
         raise ConfigError("two models have one name: give one of them another, NAME=WHAT")
     settings = ServiceSettings(

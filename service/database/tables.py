@@ -88,6 +88,7 @@ samplers = Table(
     Column("base_model", Words(400), nullable=False),
     Column("model_path", Words(800)),
     Column("spec_json", Words()),
+    Column("weights", Words()),
     Column("run_id", Words(160), index=True),
     Column("run_seq", BigInteger),
     Column("kept_path", Words(800)),
@@ -95,7 +96,8 @@ samplers = Table(
     Column("created_at", Float, nullable=False),
     Column("closed_at", Float),
 )
-"""`run_id` and `run_seq`: whose weights, after which operation. `kept_path`: where they lie."""
+"""`run_id` and `run_seq`: whose weights, after which operation. `kept_path`: where they lie.
+`weights`: the folder that a model is offered with."""
 
 operations = Table(
     "operations",

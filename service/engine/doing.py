@@ -39,7 +39,8 @@ from plait.trainer.strict import spec_from
 
 
 def create(worker: Worker, header: Header, _: bytes) -> Answer:
-    """A run, with the weights of a checkpoint where one is named, or the state that was kept."""
+    """A run, with the weights of a checkpoint where one is named, those that its model is offered
+    with, or the state that was kept."""
     scope, spec = header["scope"], spec_from(header["spec"])
     name, built = worker.engine.create_run(spec, header["seed"], Limits())
     more: Header = {}
@@ -47,6 +48,9 @@ def create(worker: Worker, header: Header, _: bytes) -> Answer:
         if header.get("kept") is not None:
             source = Source(worker.kept, Place(scope, "weights", header["kept"]).path)
             worker.engine.submit(commands.LoadState(name, source, True)).result()
+        elif header.get("weights") is not None:
+            source = Source(worker.store, header["weights"])
+            worker.engine.submit(commands.LoadState(name, source, False)).result()
         elif header.get("path") is not None:
             source = Source(worker.store, header["path"])
             loading = commands.LoadState(name, source, header["optimizer"])
@@ -264,12 +268,13 @@ def take_view(worker: Worker, header: Header, _: bytes) -> Answer:
 
 
 def open_view(worker: Worker, header: Header, _: bytes) -> Answer:
-    """A sampler of a base model, of a checkpoint, or of weights that were kept."""
+    """A sampler of a model that is offered, of a checkpoint, or of weights that were kept."""
     scope = header["scope"]
     if scope in worker.hosted:
         return {"result": {}}, b""
     store = worker.kept if header.get("kept") else worker.store
-    source = None if header.get("path") is None else Source(store, header["path"])
+    path = header.get("path") or header.get("weights")
+    source = None if path is None else Source(store, path)
     spec = header.get("spec") or {}
     if not spec and source is not None:
         with source.reading() as folder:

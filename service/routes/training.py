@@ -32,10 +32,12 @@ async def create_model(
     body: bodies.CreateModel, caller: Asking, service: Serving
 ) -> dict[str, Any]:
     await service.sessions.require(caller.owner, body.session_id, service.clock())
-    base = catalog.offered(service.settings.models, body.base_model)
+    offer = catalog.offered(service.settings.models, body.base_model)
     lora = None if body.lora_config is None else body.lora_config.model_dump(exclude_none=True)
-    spec, seed = catalog.training_spec(base, lora, f"{body.session_id}:train:{body.model_seq_id}")
+    spec, seed = catalog.training_spec(offer, lora, f"{body.session_id}:train:{body.model_seq_id}")
     options = {"spec": catalog.spec_values(spec), "seed": seed}
+    if offer.weights is not None:
+        options["weights"] = str(offer.weights)
     metadata = body.user_metadata or {}
     operation = await service.create_run(
         caller, body.session_id, body.model_seq_id, body.base_model, options, metadata

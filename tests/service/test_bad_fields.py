@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from plait.service import bodies
 from plait.service.app import create_app
+from plait.service.catalog import Offer
 from plait.service.settings import ServiceSettings
 from plait.trainer.spec import ModelSpec
 
@@ -33,7 +34,7 @@ def routes_of(application: Any) -> Iterator[Any]:
 
 def bodies_of(folder: Path) -> dict[str, type[BaseModel]]:
     """By path, the model of the JSON body; only those of `service/bodies.py`."""
-    settings = ServiceSettings(models={"tiny": ModelSpec(language="tiny")}, data_dir=folder)
+    settings = ServiceSettings(models={"tiny": Offer(ModelSpec(language="tiny"))}, data_dir=folder)
     found = {}
     for route in routes_of(create_app(settings)):
         field = getattr(route, "body_field", None)

@@ -19,6 +19,7 @@ import PIL.Image
 import pytest
 
 from plait.service.app import create_app
+from plait.service.catalog import Offer
 from plait.service.settings import ServiceSettings
 from plait.service.wire import tinker_pb2 as pb
 from plait.service.wire.tensors import tensor_to
@@ -172,7 +173,7 @@ NAMED: dict[str, Callable[[Names], list[Ask]]] = {
 
 
 def routes_of(folder: Path) -> Iterator[tuple[str, Any]]:
-    settings = ServiceSettings(models={"tiny": ModelSpec(language="tiny")}, data_dir=folder)
+    settings = ServiceSettings(models={"tiny": Offer(ModelSpec(language="tiny"))}, data_dir=folder)
     for included in create_app(settings).routes:
         for route in (
             included.original_router.routes if hasattr(included, "original_router") else ()

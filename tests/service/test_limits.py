@@ -11,6 +11,7 @@ import pytest
 import zstandard
 
 from plait.service import middleware
+from plait.service.catalog import Offer
 from plait.service.database.database import Database
 from plait.service.database.migrate import migrate
 from plait.service.database.payloads import Payloads
@@ -315,7 +316,9 @@ def test_an_expired_checkpoint_is_not_there(tmp_path: Path) -> None:
     from plait.service.keys import Caller
 
     clock = Clock()
-    settings = ServiceSettings(models={"tiny": ModelSpec(language="tiny")}, data_dir=tmp_path)
+    settings = ServiceSettings(
+        models={"tiny": Offer(ModelSpec(language="tiny"))}, data_dir=tmp_path
+    )
     service = Service(settings, clock)
     path = "tinker://run/weights/x"
     values = {"path": path, "owner": "anna", "run_id": "run", "kind": "weights", "name": "x",

@@ -17,8 +17,10 @@ import pytest
 from PIL import Image as PILImage
 
 import plait
+from plait.service.catalog import offer_of_argument, sampled
 from plait.service.errors import ServiceError
 from plait.service.fetching import Fetcher, Together
+from plait.trainer.strict import spec_from
 
 
 def png(colour: int = 200) -> bytes:
@@ -45,9 +47,7 @@ def test_answers_are_those_of_the_in_process_client(seeing: Any, seeing_recipe: 
     """Of a base model, with a picture; greedy, so that both must say the same."""
     said = chat(seeing, messages=asking(address(png())), max_tokens=6, temperature=0.0,
                 logprobs=True).json()  # fmt: skip
-    from plait.service.catalog import sampling_spec, spec_of_argument
-
-    spec = sampling_spec(spec_of_argument(str(seeing_recipe))[1])
+    spec = spec_from(sampled(offer_of_argument(str(seeing_recipe))[1])["spec"])
     with plait.ServiceClient() as service:
         view, built = service._engine.create_view(spec, None, service.limits)
         client = plait.SamplingClient(service._engine, built, view)

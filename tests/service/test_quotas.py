@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from plait.errors import ConfigError, UnknownNameError
+from plait.service.catalog import Offer
 from plait.service.settings import Quotas, ServiceSettings, overridden
 from plait.trainer.spec import ModelSpec
 from tests.service.test_isolation import batch, session_of
@@ -87,7 +88,9 @@ def test_uploads_of_an_owner(narrow: Any, keys: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("word", ["quotas.runs=0", "quotas.waiting=0", "quotas.waiting_bytes=x"])
 def test_a_quota_that_cannot_be(word: str, tmp_path: Path) -> None:
-    settings = ServiceSettings(models={"tiny": ModelSpec(language="tiny")}, data_dir=tmp_path)
+    settings = ServiceSettings(
+        models={"tiny": Offer(ModelSpec(language="tiny"))}, data_dir=tmp_path
+    )
     with pytest.raises(ConfigError):
         overridden(settings, [word])
     with pytest.raises(UnknownNameError):

@@ -11,7 +11,7 @@ import pytest
 import plait
 from plait.client.remote.media import file_of
 from plait.errors import ConfigError, DataError, ModelError
-from plait.service.catalog import spec_of_argument, training_spec
+from plait.service.catalog import offer_of_argument, training_spec
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def local(seeing_recipe: Path) -> Iterator[Callable[..., Any]]:
     with plait.ServiceClient() as service:
 
         def make(**lora: Any) -> Any:
-            spec, seed = training_spec(spec_of_argument(str(seeing_recipe))[1], lora)
+            spec, seed = training_spec(offer_of_argument(str(seeing_recipe))[1], lora)
             return service.create_training_client(spec, seed=seed)
 
         yield make

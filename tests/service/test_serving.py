@@ -1,5 +1,6 @@
 """A server starts, says that it is ready, and stops; commands ask it."""
 
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,16 @@ def test_health(server: Any) -> None:
     assert "tiny" in server.command("status")
     assert server.command("runs").splitlines()[0].startswith("run")
     assert server.command("checkpoints").splitlines()[0].startswith("path")
+
+
+@pytest.mark.parametrize("page", ["/docs", "/redoc"])
+def test_its_description_needs_no_internet(server: Any, page: str) -> None:
+    text = server.get(page).text
+    named = re.findall(r'(?:src|href)="([^"]+)"', text)
+    assert any(name.endswith(".js") for name in named), text
+    for name in [*named, "/openapi.json"]:
+        assert name.startswith("/"), name
+        assert server.get(name).is_success, name
 
 
 def test_a_server_that_is_told_to_stop_stops(new_server: Callable[..., Any]) -> None:

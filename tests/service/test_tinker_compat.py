@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import plait
-from plait.service.catalog import spec_of_argument, training_spec
+from plait.service.catalog import offer_of_argument, training_spec
 
 TOKENS, TARGETS = [5, 6, 7, 8], [6, 7, 8, 9]
 
@@ -26,7 +26,7 @@ def test_sounds_and_films_are_what_they_are_in_process(
     asked = {"tokens": TOKENS, "targets": TARGETS, **encoded}
     told = run_tinker(seeing, "0.38.0", "media", asked)
     spec, seed = training_spec(
-        spec_of_argument(str(seeing_recipe))[1], {"rank": 4, "seed": 3, "train_unembed": False}
+        offer_of_argument(str(seeing_recipe))[1], {"rank": 4, "seed": 3, "train_unembed": False}
     )
     with plait.ServiceClient() as service:
         client = service.create_training_client(spec, seed=seed)
