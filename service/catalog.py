@@ -52,7 +52,7 @@ def offer_of_argument(argument: str) -> tuple[str, Offer]:
         if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
             raise ConfigError(f"{path} is no recipe: it has no section model")
         return name or path.stem, Offer(spec_from(values["model"]))
-    short = path.resolve().name if path.exists() else what
+    short = path.absolute().name if path.exists() else what
     if is_trained(path):
         return name or short, _trained(path)
     _check_what(what)
