@@ -381,6 +381,17 @@ class Runner:
         """Take a run out of the engine's memory; its next operation brings it back."""
         await self._keeper.let_go(scope)
 
+    async def drop_sampler(self, name: str) -> None:
+        """Take a sampler that is closed out of the engine's memory, once it is there if it is being
+        opened."""
+        scope = self.scopes.get(name)
+        if scope is None:
+            return
+        async with scope.making:
+            self.scopes.pop(name, None)
+            if scope.resident:
+                await self.host.call({"do": "drop", "scope": name, "what": "sampler"})
+
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._beside.add(task)

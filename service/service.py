@@ -299,9 +299,7 @@ class Service:
                 update(samplers).where(samplers.c.id == name).values(closed_at=now)
             )
         )
-        scope = self.runner.scopes.pop(name, None)
-        if scope is not None and scope.resident and self.host.up:
-            await self.host.call({"do": "drop", "scope": name, "what": "sampler"})
+        await self.runner.drop_sampler(name)
 
     async def join_sampler(self, name: str) -> int:
         """Another client of a sampler: its number among them."""

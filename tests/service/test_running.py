@@ -382,6 +382,25 @@ def test_states_that_a_kill_left_go_with_the_next_one(tmp_path: Path) -> None:
     in_world(tmp_path, work)
 
 
+def test_a_sampler_that_is_closed_while_it_is_opened_leaves_nothing(tmp_path: Path) -> None:
+    async def work(world: World) -> None:
+        await trained(world)
+        path = "tinker://run/sampler_weights/x"
+        await world.checkpoint(path, ["first"])
+        await world.sampler("one", path)
+        world.engine.silent = {"open_view"}
+        await world.submit("one", 0, "sample", {}, "p")
+        await settle()
+        assert "one" in world.engine.held
+        closing = asyncio.create_task(world.runner.drop_sampler("one"))
+        await settle()
+        world.engine.answer("open_view")
+        await asyncio.wait_for(closing, 10)
+        assert "one" not in world.engine.held and "one" not in world.runner.scopes
+
+    in_world(tmp_path, work)
+
+
 def test_a_sampler_does_not_change_when_its_checkpoint_is_saved_anew(tmp_path: Path) -> None:
     async def work(world: World) -> None:
         await trained(world)
