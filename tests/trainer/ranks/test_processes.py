@@ -21,6 +21,7 @@ from tests.trainer.ranks.test_deaths import kill
 PROGRAM = """
 import gc
 import os
+import signal
 import sys
 import time
 
@@ -38,6 +39,7 @@ from plait.trainer.engine.controller import Engine, EngineSettings
 
 
 parent = os.getppid()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
 
 
 def wait(*said):
