@@ -161,7 +161,8 @@ class EngineHost:
         self._replies[number] = future
         if listener is not None:
             self._listeners[number] = listener
-        self._writer.write(packed({**header, "id": number}, body))
+        if not self._writer.is_closing():  # else it was killed just now, as `_died` is about to say
+            self._writer.write(packed({**header, "id": number}, body))
         return future
 
     async def call(self, header: Header, body: bytes = b"") -> tuple[Header, bytes]:

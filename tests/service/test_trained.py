@@ -1,5 +1,6 @@
 """A run of `plait train`, offered by a server: sampled, asked, and trained on from there."""
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,6 +91,25 @@ def test_it_says_what_the_run_says(
     four = plait.SamplingParams(max_tokens=4, temperature=0.0)
     tokens = mine.sample(prompt, 1, four).result().sequences[0].tokens
     assert said == mine.get_tokenizer().decode(tokens, skip_special_tokens=True)
+
+
+def test_the_page_s_own_words(
+    served: Any, local: plait.ServiceClient, trained: Path, picture_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """docs/serving.md asks a trained run; its program prints what the run says."""
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (block,) = [one for one in blocks if 'base_model="stamps"' in one]
+    here = block.replace("http://127.0.0.1:8000", served.url).replace('"stamps"', '"named"')
+    shutil.copy(picture_folder / "disc" / "00.png", tmp_path / "cat.png")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(here, "serving.md", "exec"), {})
+    mine = local.create_sampling_client(trained)
+    greedy = plait.SamplingParams(max_tokens=24, temperature=0)
+    answer = mine.sample(mine.prompt(plait.Image("cat.png")), 1, greedy).result()
+    right = mine.get_tokenizer().decode(answer.sequences[0].tokens, skip_special_tokens=True)
+    assert capsys.readouterr().out == f"{right}\n"
 
 
 def test_a_loop_goes_on_from_it(
