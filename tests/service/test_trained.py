@@ -79,12 +79,13 @@ def test_it_says_what_the_run_says(
         scored = theirs.compute_logprobs(theirs.prompt(picture, "a red disc")).result()
         return answer.tokens, scored
 
-    for _ in range(2):
+    for killed in (False, True):
+        if killed:
+            served.kill()
+            served.start()
         tokens, scored = told()
         assert tokens == right.tokens
         assert moved(scored, scores) < 1e-4
-        served.kill()
-        served.start()
     body = {"model": "named", "prompt": "a red", "max_tokens": 4, "temperature": 0.0}
     said = served.post("/v1/completions", body).json()["choices"][0]["text"]
     prompt = plait.ModelInput.from_ints(mine.get_tokenizer()("a red").input_ids)
