@@ -118,12 +118,21 @@ def _check_begins(asked: ModelSpec, trained: ModelSpec) -> None:
             f"this model was trained with train={list(trained.train)}, and a run that begins with "
             f"its weights trains the same; got {list(asked.train)}", 422,
         )  # fmt: skip
-    theirs, mine = ({} if one.lora is None else asdict(one.lora) for one in (trained, asked))
-    for name in sorted((theirs.keys() | mine.keys()) - {"dropout"}):
-        if theirs.get(name) != mine.get(name):
+    if trained.lora is None or asked.lora is None:
+        if trained.lora is not asked.lora:
+            kinds = ("without an adapter", "with one")
+            was, other = kinds if trained.lora is None else reversed(kinds)
             raise ServiceError(
-                f"this model was trained with lora.{name} {theirs.get(name)}, and a run that "
-                f"begins with its weights has the same; got {mine.get(name)}", 422,
+                f"this model was trained {was}, and a run that begins with its weights trains so, "
+                f"too; this asks for a run {other}", 422,
+            )  # fmt: skip
+        return
+    theirs, mine = asdict(trained.lora), asdict(asked.lora)
+    for name in sorted(theirs.keys() - {"dropout"}):
+        if theirs[name] != mine[name]:
+            raise ServiceError(
+                f"this model was trained with lora.{name} {theirs[name]}, and a run that begins "
+                f"with its weights has the same; got {mine[name]}", 422,
             )  # fmt: skip
 
 
@@ -140,7 +149,8 @@ def _asked_spec(base: ModelSpec, lora: Any, run: str) -> tuple[ModelSpec, int]:
         seed = lora.get("seed")
         if seed is not None:
             check_number("lora_config.seed", seed, "[0, 9223372036854775808)", whole=True)
-        spec = LoraSpec(
+        spec = replace(  # whether it is DoRA or rsLoRA is the recipe's to say
+            base.lora or LoraSpec(),
             rank=lora.get("rank", 32),
             alpha=lora.get("alpha", 32.0),
             dropout=lora.get("dropout", 0.0),

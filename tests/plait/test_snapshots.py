@@ -28,8 +28,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def wide_language(tiny_language: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With heads of 64 bytes, like those of real models: wherever a sampler keeps a sequence's
-    keys, they begin at such a border. Off it, the last bits of some CPUs' products differ."""
+    """With heads of 64 bytes: wherever a sampler keeps a sequence's keys, they begin at a border of
+    so many, as for most real models. Off it, the last bits of some CPUs' products differ."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("wide-language")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic import command
@@ -24,6 +25,14 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return address
 
 
+def of_other_type(context: Any, inspected: Any, column: Any, found: Any, meant: Any) -> bool:
+    """A `Words` without a length may be TEXT as well, in which both databases keep the same."""
+    del context, inspected, column
+    meant = getattr(meant, "impl", meant)
+    length = getattr(found, "length", None) != getattr(meant, "length", None)
+    return length or found._type_affinity is not meant._type_affinity
+
+
 def test_a_first_database_is_brought_up_to_date(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole: Callable[..., None] = command.upgrade
     with monkeypatch.context() as patch:
@@ -40,7 +49,7 @@ def test_a_first_database_is_brought_up_to_date(url: str, monkeypatch: pytest.Mo
     for _ in range(2):
         migrate(url)
     with engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": False})
+        context = MigrationContext.configure(connection, opts={"compare_type": of_other_type})
         assert compare_metadata(context, METADATA) == []
         assert connection.execute(text("SELECT owner FROM sessions")).scalar_one() == "anna"
     engine.dispose()

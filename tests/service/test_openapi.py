@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-EXAMPLES = 8
+EXAMPLES = 12
 SECONDS = 40
 HURRIED = ("--set", "hold_seconds=0.2", "--set", "gap_seconds=0.5")
 LEFT_OUT = "^/api/v1/(sessions/[{]_[}]/.*|forward_backward)$"

@@ -169,7 +169,7 @@ def test_folders_without_weights(trained: Path, tmp_path: Path) -> None:
         ({"rank": 4, "alpha": 8.0}, "lora.alpha 32.0"),
         ({"rank": 4, "train_unembed": True}, "lora.targets"),
         ({"rank": 4, "train": ["projector"]}, "train="),
-        (None, "lora.alpha"),
+        (None, "trained with one"),
     ],
 )
 def test_an_adapter_of_another_kind(asked: Any, named: str, tmp_path: Path) -> None:
@@ -179,3 +179,15 @@ def test_an_adapter_of_another_kind(asked: Any, named: str, tmp_path: Path) -> N
     with pytest.raises(ServiceError) as refused:
         training_spec(offer, asked and {"train_unembed": False, **asked})
     assert named in refused.value.message and refused.value.status == 422
+    whole = Offer(ModelSpec(language="tiny", lora=None), tmp_path)
+    assert training_spec(whole, None)[0].lora is None
+    with pytest.raises(ServiceError, match="trained without an adapter"):
+        training_spec(whole, fits)
+
+
+def test_the_recipe_says_of_what_kind_an_adapter_is(tmp_path: Path) -> None:
+    """What clients cannot say: it is neither dropped nor refused."""
+    lora = LoraSpec(rank=4, dora=True, rslora=True)
+    for weights in (None, tmp_path):
+        offer = Offer(ModelSpec(language="tiny", lora=lora), weights)
+        assert training_spec(offer, {"rank": 4, "train_unembed": False})[0].lora == lora
